@@ -1,0 +1,27 @@
+"""Attention over sequences of different lengths, as a PyTorch op: `torch.ops.modelopt.varlen_attention`.
+
+`fa_ops.IS_AVAILABLE` tells whether the Triton kernels can run here: Triton is installed, and there is a CUDA device of
+compute capability 8.0 or higher. CPU tensors do not need it.
+"""
+
+from fa_ops import ops, varlen
+from fa_ops.attention import attention
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> bool:
+    if name == "IS_AVAILABLE":  # asks the driver, which an import must not
+        return ops.is_available()
+    raise AttributeError(f"module 'fa_ops' has no attribute {name!r}")
+
+
+def register_triton_attention() -> bool:
+    """Registers `attn_implementation="modelopt_triton"` with Hugging Face Transformers; see
+    `fa_ops.integrations.huggingface.register_triton_attention`."""
+    from fa_ops.integrations import huggingface
+
+    return huggingface.register_triton_attention()
+
+
+__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen"]

@@ -1,0 +1,103 @@
+"""The public functions: their semantics, their arguments, what they add to the op."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fa_ops import ops  # noqa: F401  (registers torch.ops.modelopt.varlen_attention)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    deterministic: bool | None = None,
+    skip_softmax_threshold: Tensor | float | None = None,
+    skip_softmax_block: tuple[int, int] = (64, 128),
+    return_lse: bool = False,
+    return_skip_counts: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention over a batch of sequences of different lengths: softmax(softmax_scale * Q K^T) V for each.
+
+    Shapes: B sequences, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv: grouped-query attention), head
+    dimension D, value head dimension Dv, both 16 to 256. *Packed*: the sequences lie in one (total, H, D) tensor.
+    *Padded*: a (B, S, H, D) tensor with one sequence in each row, padding left or right of it. Either way sequence b
+    occupies the rows ``b_start_loc[b] <= row < b_start_loc[b] + b_seq_len[b]`` (of its own batch row, if padded).
+
+    Causal attention is bottom-right aligned: with len_q rows and len_k keys in a sequence, row i sees the keys
+    ``j <= i + len_k - len_q``.
+
+    Args:
+        q: (total_q, Hq, D) or (B, Sq, Hq, D), float16, bfloat16 or float32. Any strides, but for a contiguous last
+            dimension; nothing is copied.
+        k: (total_k, Hkv, D) or (B, Sk, Hkv, D), of q's kind, dtype and device. The transpose of a (B, Hkv, S, D) cache
+            will do.
+        v: (total_k, Hkv, Dv) or (B, Sk, Hkv, Dv), likewise.
+        b_start_loc: (B,) int32 or int64, first row of each sequence. The query ranges do not overlap.
+        b_seq_len: (B,) int32 or int64, rows of each sequence; 0 is allowed. Ranges are clamped into the tensors.
+        max_input_len: accepted for compatibility. It never changes a result, and None costs no synchronisation.
+        is_causal: causal (bottom-right aligned) or full attention.
+        softmax_scale: 1 / sqrt(D) if None.
+        b_start_loc_k: (B,) int32 or int64, first key of each sequence; with ``b_seq_len_k``, or neither: then the key
+            ranges are the query ranges. Key ranges may overlap where no gradient is taken.
+        b_seq_len_k: (B,) int32 or int64, keys of each sequence.
+        max_input_len_k: as ``max_input_len``.
+        window_size: (left, right), -1 for unlimited. Other sizes are not implemented yet and raise.
+        softcap: not implemented yet: anything but 0.0 raises.
+        sinks: not implemented yet: anything but None raises.
+        key_mask: (B, Sk) bool, padded layout only: False for keys to leave out inside a sequence's range (holes).
+        deterministic: there is one form, and it is deterministic: the same inputs give the same bits, forward and
+            backward, and a sequence's result does not depend on its neighbours.
+        skip_softmax_threshold: not implemented yet: anything but None raises.
+        skip_softmax_block: (query rows, keys) of a skip-softmax block, each 16, 32, 64 or 128.
+        return_lse: also return lse.
+        return_skip_counts: not implemented yet: True raises.
+
+    Returns:
+        out, like q with head dimension Dv, contiguous; rows that belong to no sequence or see no key are 0. With
+        ``return_lse`` (out, lse): lse is the natural logarithm of the softmax's denominator, float32, (Hq, total_q) or
+        (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are differentiable in q, k and v.
+
+    Under autocast q, k and v are cast to its dtype. On CPU tensors the op loops over PyTorch's flash attention; on CUDA
+    tensors (compute capability 8.0 or higher) it runs Triton kernels (FlashAttention-2, arXiv 2307.08691).
+
+    Raises:
+        ValueError: a shape, stride, device or value that is not accepted.
+        TypeError: a dtype that is not accepted.
+        NotImplementedError: an argument of a later release, or forward-mode differentiation.
+    """
+    if return_skip_counts:
+        raise NotImplementedError("return_skip_counts: True given; skip-softmax is not implemented yet, pass False")
+    if isinstance(skip_softmax_threshold, float):
+        raise NotImplementedError("skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None")
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(q, k, v)
+    device_type = q.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out, lse, _, _ = torch.ops.modelopt.varlen_attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+        b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask, None,
+        deterministic is not False, skip_softmax_threshold, skip_softmax_block[0], skip_softmax_block[1],
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """The autograd of custom ops would return zero tangents without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("q, k, v: forward-mode differentiation is not supported; use reverse mode")

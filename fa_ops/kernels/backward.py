@@ -1,0 +1,242 @@
+"""The backward kernels, deterministic: one for dQ, one for dK and dV; no atomics, P is recomputed in both.
+
+With P = exp(S - lse), and delta = rowsum(dO * O) - dlse (which is how a gradient of lse enters):
+
+    dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
+
+The dQ kernel runs first and leaves delta for the other. Rows that see no key (lse = -inf) take part in nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from fa_ops.kernels.primitives import (
+    LOG2E,
+    is_visible,
+    key_range,
+    load_range,
+    load_rows,
+    locate_tile,
+    query_range,
+    store_rows,
+    wrap_rows,
+)
+
+
+@triton.jit
+def _lse_for_exp2(lse):
+    """lse in the log2 domain; +inf where a row sees nothing, so that its P = exp2(S - lse) is 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _accumulate_dq(
+    dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+    stride_kt, stride_vt, stride_ms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq + dS K over the keys [n0, n0 + BLOCK_N)."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    key = start_k + n0
+    is_key = n0 + offs_n < len_k
+    if HAS_KEY_MASK:
+        is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
+    k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+    if MASKED:
+        visible = is_visible(offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, IS_CAUSAL)
+        if HAS_KEY_MASK:
+            visible = visible & is_key[None, :]
+        p = tl.where(visible, p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def attention_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
+    softmax_scale, num_seqs, rows_q, rows_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
+    stride_dob, stride_dot, stride_doh, stride_dlb, stride_dlh, stride_dlt, stride_dqb, stride_dqt, stride_dqh,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
+    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
+    if seq >= num_seqs:
+        return
+    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
+    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    m0 = (count - 1 - index) * BLOCK_M
+    if IS_PACKED:
+        if m0 >= len_q:
+            return
+
+    head = tl.program_id(1).to(tl.int64)
+    batch = seq.to(tl.int64)
+    head_kv = head // GROUP_SIZE
+    q_ptr += batch * stride_qb + head * stride_qh + (start_q + m0) * stride_qt
+    out_ptr += batch * stride_ob + head * stride_oh + (start_q + m0) * stride_ot
+    dout_ptr += batch * stride_dob + head * stride_doh + (start_q + m0) * stride_dot
+    k_ptr += batch * stride_kb + head_kv * stride_kh
+    v_ptr += batch * stride_vb + head_kv * stride_vh
+    if HAS_KEY_MASK:
+        key_mask_ptr += batch * stride_mb
+
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_tile = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    is_row = offs_m < len_q
+    row = start_q + offs_m
+    lse_ptr += batch * stride_lb + head * stride_lh
+    lse = tl.load(lse_ptr + row, mask=is_row, other=float("-inf"))
+    sees_key = lse != float("-inf")
+    q = load_rows(q_ptr, stride_qt, offs_tile, offs_d, is_row, HEAD_DIM, BLOCK_D, True)
+    out = load_rows(out_ptr, stride_ot, offs_tile, offs_dv, sees_key, HEAD_DIM_V, BLOCK_DV, True)
+    dout = load_rows(dout_ptr, stride_dot, offs_tile, offs_dv, sees_key, HEAD_DIM_V, BLOCK_DV, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        dlse_ptr += batch * stride_dlb + head * stride_dlh
+        delta -= tl.load(dlse_ptr + row * stride_dlt, mask=sees_key, other=0.0)
+    tl.store(delta_ptr + batch * stride_lb + head * stride_lh + row, delta, mask=is_row)
+
+    lse_log2 = _lse_for_exp2(lse)
+    scale_log2 = softmax_scale * LOG2E
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    full, end = key_range(m0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
+    if m0 >= len_q:
+        full, end = 0, 0
+    if HAS_KEY_MASK:
+        full = 0
+    for n0 in tl.range(0, full, BLOCK_N):
+        dq = _accumulate_dq(
+            dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            IS_CAUSAL, HAS_KEY_MASK, False,
+        )  # fmt: skip
+    for n0 in tl.range(full, end, BLOCK_N):
+        dq = _accumulate_dq(
+            dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            IS_CAUSAL, HAS_KEY_MASK, True,
+        )  # fmt: skip
+
+    dq = tl.where(sees_key[:, None], dq * softmax_scale, 0.0)
+    row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
+    if not IS_PACKED:
+        is_row = offs_m < rows_q
+    store_rows(dq_ptr + batch * stride_dqb + head * stride_dqh, stride_dqt, row, offs_d, dq, is_row, HEAD_DIM)
+
+
+@triton.jit
+def _accumulate_dkv(
+    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale_log2,
+    stride_qt, stride_dot,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(dk + dS^T Q, dv + P^T dO) over the query rows [m0, m0 + BLOCK_M); all tiles have the keys as rows."""
+    offs_m = tl.arange(0, BLOCK_M)
+    row = start_q + m0
+    is_row = m0 + offs_m < len_q
+    lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
+    delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
+    q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, True)
+    if IS_CAUSAL or HAS_KEY_MASK:
+        # a row that sees nothing may hold NaN in dout, and 0 * NaN is NaN
+        is_row = lse != float("-inf")
+    dout = load_rows(
+        dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, True
+    )
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.exp2(s * scale_log2 - _lse_for_exp2(lse)[None, :])
+    if IS_CAUSAL:
+        p = tl.where(is_visible((m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, IS_CAUSAL), p, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def attention_backward_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
+    softmax_scale, num_seqs, rows_q, rows_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_lb, stride_lh, stride_mb, stride_ms, stride_dob, stride_dot, stride_doh,
+    stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
+    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_k_ptr, num_seqs, rows_k, BLOCK_N, IS_PACKED)
+    if seq >= num_seqs:
+        return
+    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
+    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    n0 = index * BLOCK_N
+    if IS_PACKED:
+        if n0 >= len_k:
+            return
+
+    head_kv = tl.program_id(1).to(tl.int64)
+    batch = seq.to(tl.int64)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    is_key = offs_n < len_k
+    if HAS_KEY_MASK:
+        is_key = tl.load(key_mask_ptr + batch * stride_mb + (start_k + offs_n) * stride_ms, mask=is_key, other=0) != 0
+    k_ptr += batch * stride_kb + head_kv * stride_kh + start_k * stride_kt
+    v_ptr += batch * stride_vb + head_kv * stride_vh + start_k * stride_vt
+    k = load_rows(k_ptr, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, True)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    scale_log2 = softmax_scale * LOG2E
+    begin, full = query_range(n0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
+    end = len_q
+    if n0 >= len_k:
+        end = 0
+    full = tl.minimum(full, end)
+    for member in range(GROUP_SIZE):
+        head = head_kv * GROUP_SIZE + member
+        q_head_ptr = q_ptr + batch * stride_qb + head * stride_qh
+        dout_head_ptr = dout_ptr + batch * stride_dob + head * stride_doh
+        lse_head_ptr = lse_ptr + batch * stride_lb + head * stride_lh
+        delta_head_ptr = delta_ptr + batch * stride_lb + head * stride_lh
+        if IS_CAUSAL:
+            for m0 in tl.range(begin, full, BLOCK_M):
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, stride_qt, stride_dot,
+                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_KEY_MASK,
+                )  # fmt: skip
+        for m0 in tl.range(tl.maximum(begin, full), end, BLOCK_M):
+            dk, dv = _accumulate_dkv(
+                dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, stride_qt, stride_dot,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_KEY_MASK,
+            )  # fmt: skip
+
+    # garbage only where no key is: each key is a row of its own in every product above
+    dk = tl.where(is_key[:, None], dk * softmax_scale, 0.0)
+    dv = tl.where(is_key[:, None], dv, 0.0)
+    row = wrap_rows(start_k, offs_n, rows_k, IS_PACKED)
+    is_row = is_key if IS_PACKED else offs_n < rows_k
+    store_rows(dk_ptr + batch * stride_dkb + head_kv * stride_dkh, stride_dkt, row, offs_d, dk, is_row, HEAD_DIM)
+    store_rows(dv_ptr + batch * stride_dvb + head_kv * stride_dvh, stride_dvt, row, offs_dv, dv, is_row, HEAD_DIM_V)

@@ -1,0 +1,71 @@
+"""The tile table: block sizes, warps and pipeline stages by architecture, kernel, precision and head dimension.
+
+Fixed, not autotuned: a result never depends on timing, on a neighbour in the batch or on a length, and a test compiles
+every row for every architecture.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+HEAD_DIM_ROWS = (64, 128, 256)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+INTERPRETER_TILE = Tile(16, 32, 1, 1)
+
+# shared memory of one block, bytes
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
+
+# (kernel, has 32-bit elements): {architecture: tiles for HEAD_DIM_ROWS}
+TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
+    ("forward", False): {
+        "sm_80": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
+        "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        "sm_100": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        "sm_120": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    },
+    ("dq", False): {
+        "sm_80": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1)),
+        "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        "sm_100": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        "sm_120": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    },
+    ("dkv", False): {
+        "sm_80": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
+        "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        "sm_100": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        "sm_120": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
+    },
+    **{
+        (kernel, True): {arch: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)) for arch in ARCHITECTURES}
+        for kernel in ("forward", "dq", "dkv")
+    },
+}
+
+
+def architecture(major: int, minor: int) -> str:
+    """The row of the table for a compute capability: the newest that runs there within its shared memory."""
+    if major >= 12 or (major, minor) in ((8, 6), (8, 9)):
+        return "sm_120"
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+def block_dim(head_dim: int) -> int:
+    """A head dimension as the kernels hold it: the next power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def select_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int, is_float32: bool) -> Tile:
+    """The tile of `kernel` ("forward", "dq" or "dkv") on `arch` for these head dimensions."""
+    if arch == "interpreter":
+        return INTERPRETER_TILE
+    widest = max(head_dim, head_dim_v)
+    row = next(i for i, size in enumerate(HEAD_DIM_ROWS) if widest <= size)
+    return TILES[kernel, is_float32][arch][row]

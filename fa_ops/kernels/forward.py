@@ -1,0 +1,134 @@
+"""The forward kernel: one program computes one tile of query rows of one head (FlashAttention-2, arXiv 2307.08691).
+
+With scores S = scale * Q K^T, running maximum m and running sum l of a row over the key blocks visited so far:
+
+    m' = max(m, rowmax(S)),  P = exp(S - m'),  l' = exp(m - m') l + rowsum(P),  acc' = exp(m - m') acc + P V,
+
+and at the end out = acc / l, lse = m + log(l). All exponentials are base 2: m and S are held in the log2 domain.
+"""
+
+import triton
+import triton.language as tl
+
+from fa_ops.kernels.primitives import (
+    LN2,
+    LOG2E,
+    is_visible,
+    key_range,
+    load_range,
+    load_rows,
+    locate_tile,
+    store_rows,
+    wrap_rows,
+)
+
+
+@triton.jit
+def _attend(
+    acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+    stride_kt, stride_vt, stride_ms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the keys [n0, n0 + BLOCK_N)."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    key = start_k + n0
+    is_key = n0 + offs_n < len_k
+    if HAS_KEY_MASK:
+        is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
+    k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        visible = is_visible(offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, IS_CAUSAL)
+        if HAS_KEY_MASK:
+            visible = visible & is_key[None, :]
+        s_log2 = tl.where(visible, s * scale_log2, float("-inf"))
+        m_new_log2 = tl.maximum(m_i_log2, tl.max(s_log2, 1))
+        m_finite_log2 = tl.where(m_new_log2 == float("-inf"), 0.0, m_new_log2)
+        p = tl.exp2(s_log2 - m_finite_log2[:, None])
+    else:
+        m_new_log2 = tl.maximum(m_i_log2, tl.max(s, 1) * scale_log2)
+        m_finite_log2 = m_new_log2
+        p = tl.exp2(s * scale_log2 - m_new_log2[:, None])
+    alpha = tl.exp2(m_i_log2 - m_finite_log2)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, l_i, m_new_log2
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
+    softmax_scale, num_seqs, rows_q, rows_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
+    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
+    if seq >= num_seqs:
+        return
+    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
+    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    # the tiles that see the most keys first
+    m0 = (count - 1 - index) * BLOCK_M
+    if IS_PACKED:
+        if m0 >= len_q:
+            return
+
+    head = tl.program_id(1).to(tl.int64)
+    batch = seq.to(tl.int64)
+    head_kv = head // GROUP_SIZE
+    q_ptr += batch * stride_qb + head * stride_qh + (start_q + m0) * stride_qt
+    k_ptr += batch * stride_kb + head_kv * stride_kh
+    v_ptr += batch * stride_vb + head_kv * stride_vh
+    if HAS_KEY_MASK:
+        key_mask_ptr += batch * stride_mb
+
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    is_row = offs_m < len_q
+    offs_d = tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr, stride_qt, tl.arange(0, BLOCK_M), offs_d, is_row, HEAD_DIM, BLOCK_D, True)
+    # rowmax(S) is taken before scaling, which needs a scale that is not negative
+    scale_log2 = softmax_scale * LOG2E
+    if scale_log2 < 0:
+        q = -q
+        scale_log2 = -scale_log2
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    full, end = key_range(m0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
+    if m0 >= len_q:
+        full, end = 0, 0
+    if HAS_KEY_MASK:
+        full = 0
+    for n0 in tl.range(0, full, BLOCK_N):
+        acc, l_i, m_i_log2 = _attend(
+            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            IS_CAUSAL, HAS_KEY_MASK, False,
+        )  # fmt: skip
+    for n0 in tl.range(full, end, BLOCK_N):
+        acc, l_i, m_i_log2 = _attend(
+            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            IS_CAUSAL, HAS_KEY_MASK, True,
+        )  # fmt: skip
+
+    sees_none = (l_i == 0.0) | (offs_m >= len_q)
+    out = tl.where(sees_none[:, None], 0.0, acc / tl.where(sees_none, 1.0, l_i)[:, None])
+    lse = tl.where(sees_none, float("-inf"), (m_i_log2 + tl.log2(tl.where(sees_none, 1.0, l_i))) * LN2)
+    row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
+    if not IS_PACKED:
+        is_row = offs_m < rows_q
+    offs_dv = tl.arange(0, BLOCK_DV)
+    store_rows(out_ptr + batch * stride_ob + head * stride_oh, stride_ot, row, offs_dv, out, is_row, HEAD_DIM_V)
+    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + row, lse, mask=is_row)

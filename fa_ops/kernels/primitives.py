@@ -1,0 +1,125 @@
+"""What every kernel shares: where a tile lies, which keys a row sees, which blocks need a mask.
+
+Notation: a sequence has `len_q` query rows and `len_k` keys, both counted from its own first one; `m` runs over query
+rows, `n` over keys, `d` over the head dimension. With `offset = len_k - len_q` (bottom-right alignment) a causal row m
+sees the keys n <= m + offset.
+
+One addressing rule serves both layouts: an element lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
+where packed tensors have stride_b = 0.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SCAN_BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def load_range(start_ptr, len_ptr, seq, rows):
+    """First row and length of a sequence, clamped into the tensor's `rows` rows: no value read here leads outside."""
+    start = tl.load(start_ptr + seq).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), rows)
+    length = tl.load(len_ptr + seq).to(tl.int64)
+    length = tl.minimum(tl.maximum(length, 0), rows - start)
+    return start, length.to(tl.int32)
+
+
+@triton.jit
+def locate_tile(tile, len_ptr, num_seqs, rows, BLOCK: tl.constexpr, IS_PACKED: tl.constexpr):
+    """Sequence of a tile, the tile's index in it, and the sequence's number of tiles.
+
+    Padded: every sequence has ceil(rows / BLOCK) tiles. Packed: the tiles of all sequences are numbered in a row, and
+    the sequence is found by a running sum of their numbers; past the last tile the sequence is >= num_seqs.
+    """
+    if IS_PACKED:
+        seq = 0
+        first = 0
+        end = 0
+        last_count = 0
+        chunk = 0
+        while (chunk < num_seqs) & (end <= tile):
+            offs = chunk + tl.arange(0, SCAN_BLOCK)
+            length = tl.load(len_ptr + offs, mask=offs < num_seqs, other=0).to(tl.int64)
+            length = tl.minimum(tl.maximum(length, 0), rows).to(tl.int32)
+            count = tl.cdiv(length, BLOCK)
+            ends = end + tl.cumsum(count, 0)
+            is_before = ends <= tile
+            seq += tl.sum(is_before.to(tl.int32), 0)
+            first = tl.maximum(first, tl.max(tl.where(is_before, ends, 0), 0))
+            last_count = tl.min(tl.where(is_before, 2147483647, ends), 0) - first
+            end = tl.max(ends, 0)
+            chunk += SCAN_BLOCK
+        return seq, tile - first, last_count
+    else:
+        count = tl.cdiv(rows, BLOCK)
+        return tile // count, tile % count, count
+
+
+@triton.jit
+def wrap_rows(start, offs, rows, IS_PACKED: tl.constexpr):
+    """Rows of a tile in the tensor. Padded: rows past the sequence's end wrap to the padding, so that the tiles of
+    a batch row cover each of its `rows` rows once, padding included."""
+    row = start + offs
+    if not IS_PACKED:
+        row = tl.where(row >= rows, row - rows, row)
+    return row
+
+
+@triton.jit
+def is_visible(offs_m, offs_n, len_q, len_k, IS_CAUSAL: tl.constexpr):
+    """The masking rule; offs_m and offs_n broadcast against each other."""
+    visible = offs_n < len_k
+    if IS_CAUSAL:
+        visible = visible & (offs_n <= offs_m + (len_k - len_q))
+    return visible
+
+
+@triton.jit
+def key_range(m0, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Keys for the query rows from m0 on: blocks in [0, full) are seen whole by every row, those in [full, end) in
+    part, the rest by none. `full` is a multiple of BLOCK_N."""
+    end = len_k
+    full = len_k
+    if IS_CAUSAL:
+        offset = len_k - len_q
+        end = tl.maximum(tl.minimum(m0 + BLOCK_M, len_q) + offset, 0)
+        full = tl.maximum(tl.minimum(m0 + 1 + offset, len_k), 0)
+    return full // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def query_range(n0, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Query rows for the keys from n0 on: blocks in [begin, full) see them in part, those in [full, len_q) whole.
+    Both are multiples of BLOCK_M."""
+    begin = 0
+    full = 0
+    if IS_CAUSAL:
+        offset = len_k - len_q
+        begin = tl.maximum(n0 - offset, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
+    return begin, full
+
+
+@triton.jit
+def load_rows(base_ptr, stride_t, offs, offs_d, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A (rows, BLOCK_D) tile, zero where `row_mask` (read only if MASKED) is false and past the head dimension."""
+    ptrs = base_ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+    if MASKED:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(ptrs, mask=row_mask[:, None], other=0.0)
+        else:
+            return tl.load(ptrs, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    else:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base_ptr, stride_t, rows, offs_d, tile, row_mask, HEAD_DIM: tl.constexpr):
+    """Stores a (rows, BLOCK_D) tile where `row_mask` is true."""
+    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+    tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])

@@ -1,0 +1,320 @@
+"""The ops: `modelopt::varlen_attention`, its backward, their fakes and their autograd.
+
+A call flows so: the op's body checks its arguments, allocates its outputs and either launches the Triton kernels or,
+for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutograd sees what its body does.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch._library.triton
+from torch import Tensor
+
+from fa_ops import cpu
+from fa_ops_meta import checks, outputs
+
+try:
+    import triton
+except ImportError:
+    HAS_TRITON = IS_INTERPRETED = False
+else:
+    from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
+    from fa_ops.kernels.configs import architecture, block_dim, select_tile
+    from fa_ops.kernels.forward import attention_forward_kernel
+
+    HAS_TRITON = True
+    IS_INTERPRETED = triton.knobs.runtime.interpret
+
+if IS_INTERPRETED:
+
+    def wrap_triton(kernel: Callable) -> Callable:
+        """Interpreted kernels are launched bare: torch 2.11 refuses to wrap them."""
+        return kernel
+else:
+    from torch.library import wrap_triton
+
+
+def _varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+    deterministic: bool = True,
+    skip_softmax_threshold: Tensor | None = None,
+    skip_softmax_block_q: int = 64,
+    skip_softmax_block_k: int = 128,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+        b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
+        deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
+    )  # fmt: skip
+    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
+    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if q.device.type == "cpu" and not IS_INTERPRETED:
+        out, lse = torch.ops.modelopt._varlen_attention_cpu(
+            q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, is_causal, scale
+        )
+        return out, lse, *outputs.empty_skip(q)
+
+    _require_triton(q)
+    out, lse = outputs.empty_forward(q, v)
+    is_packed = q.dim() == 3
+    if is_packed:
+        # rows that belong to no sequence; in the padded layout the kernel writes them
+        out.zero_()
+        lse.fill_(float("-inf"))
+    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
+    if num_seqs * rows_q == 0:
+        return out, lse, *outputs.empty_skip(q)
+    tile = _tile("forward", q, v)
+    with _device_of(q):
+        wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+            q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k, b_seq_len if key_mask is None else key_mask,
+            scale, num_seqs, rows_q, rows_k,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask),
+            GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+            BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            IS_CAUSAL=is_causal, IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out, lse, *outputs.empty_skip(q)
+
+
+def _varlen_attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block_bits: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+    deterministic: bool = True,
+    skip_softmax_threshold: Tensor | None = None,
+    skip_softmax_block_q: int = 64,
+    skip_softmax_block_k: int = 128,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+        b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
+        deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
+    )  # fmt: skip
+    checks.check_gradients(out, lse, dout, dlse)
+    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
+    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if q.device.type == "cpu" and not IS_INTERPRETED:
+        dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu(
+            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, is_causal, scale
+        )
+        return dq, dk, dv, outputs.empty_dsinks(q)
+
+    _require_triton(q)
+    dq, dk, dv = outputs.empty_backward(q, k, v)
+    is_packed = q.dim() == 3
+    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
+    is_empty = num_seqs * rows_q * rows_k == 0
+    if is_packed or is_empty:
+        # rows that belong to no sequence; in the padded layout the kernels write them
+        dq.zero_(), dk.zero_(), dv.zero_()
+    if is_empty:
+        return dq, dk, dv, outputs.empty_dsinks(q)
+    delta = torch.empty_like(lse)
+    index = (b_start_loc, b_seq_len, start_k, length_k, b_seq_len if key_mask is None else key_mask)
+    sizes = (scale, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v))
+    constants = {
+        "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
+        "IS_CAUSAL": is_causal, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
+    }  # fmt: skip
+    with _device_of(q):
+        tile = _tile("dq", q, v)
+        wrap_triton(attention_backward_dq_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+            q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
+            *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_dlse_strides(dlse),
+            *_strides(dq), **constants, HAS_DLSE=dlse is not None,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        tile = _tile("dkv", q, v)
+        wrap_triton(attention_backward_dkv_kernel)[_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
+            q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
+            *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_strides(dk), *_strides(dv), **constants,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv, outputs.empty_dsinks(q)
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here; asks the driver."""
+    if not HAS_TRITON or IS_INTERPRETED:
+        return HAS_TRITON
+    return (
+        torch.version.hip is None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= checks.MIN_CAPABILITY
+    )
+
+
+def _require_triton(q: Tensor) -> None:
+    if not HAS_TRITON:
+        raise ImportError(f"q: device {q.device} given, and Triton is not installed: `pip install triton` (Linux)")
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) strides; packed tensors have no batch."""
+    return (0, t.stride(0), t.stride(1)) if t.dim() == 3 else (t.stride(0), t.stride(1), t.stride(2))
+
+
+def _lse_strides(lse: Tensor) -> tuple[int, int]:
+    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
+
+
+def _dlse_strides(dlse: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 1) if dlse is None else (*_lse_strides(dlse), dlse.stride(-1))
+
+
+def _mask_strides(key_mask: Tensor | None) -> tuple[int, int]:
+    return (0, 1) if key_mask is None else (key_mask.stride(0), key_mask.stride(1))
+
+
+def _grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
+    """Enough tiles for any lengths: nothing is read back from the device to count them."""
+    tiles = (rows + block - 1) // block
+    return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
+
+
+def _tile(kernel: str, q: Tensor, v: Tensor):
+    arch = "interpreter" if q.device.type == "cpu" else _architecture(q.device)
+    return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    checks.check_capability(major, minor, torch.cuda.get_device_name(device))
+    return architecture(major, minor)
+
+
+def _device_of(t: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(t)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_attention(q, k, v, *args)
+    return *outputs.empty_forward(q, v), *outputs.empty_skip(q)
+
+
+def _fake_backward(dout, dlse, out, lse, block_bits, q: Tensor, k: Tensor, v: Tensor, *args):
+    checks.check_attention(q, k, v, *args)
+    checks.check_gradients(out, lse, dout, dlse)
+    return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    out, lse, block_bits, counts = output
+    is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.save_for_backward(out, lse, block_bits, *(x for x, t in zip(inputs, is_tensor, strict=True) if t))
+    ctx.is_tensor = is_tensor
+    ctx.scalars = [x for x, t in zip(inputs, is_tensor, strict=True) if not t]
+    ctx.mark_non_differentiable(block_bits, counts)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
+    out, lse, block_bits, *tensors = ctx.saved_tensors
+    tensors, scalars = iter(tensors), iter(ctx.scalars)
+    args = [next(tensors if t else scalars) for t in ctx.is_tensor]
+    dq, dk, dv, _ = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
+    return dq, dk, dv, *(None,) * (len(args) - 3)
+
+
+_library = torch.library.Library("modelopt", "FRAGMENT")
+
+
+def _define_cpu_op(name: str, returns: str, schema: str, allocate: Callable, compute: Callable) -> None:
+    """An opaque op for CPU tensors alone: the lengths steer its loops, so nothing can trace it."""
+
+    def run(*args):
+        results = allocate(*args)
+        compute(*args, *results)
+        return results
+
+    _library.define(f"{name}({schema}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CPU")
+    torch.library.register_fake(f"modelopt::{name}", allocate, lib=_library)
+
+
+_CPU_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, "
+    "Tensor? key_mask, bool is_causal, float softmax_scale"
+)
+_define_cpu_op(
+    "_varlen_attention_cpu", "Tensor, Tensor", _CPU_SCHEMA,
+    lambda q, k, v, *_: outputs.empty_forward(q, v), cpu.varlen_attention_cpu,
+)  # fmt: skip
+_define_cpu_op(
+    "_varlen_attention_backward_cpu", "Tensor, Tensor, Tensor",
+    f"Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CPU_SCHEMA}",
+    lambda dout, dlse, out, lse, q, k, v, *_: outputs.empty_backward(q, k, v), cpu.varlen_attention_backward_cpu,
+)  # fmt: skip
+
+
+def _define_op(name: str, body: Callable, fake: Callable) -> torch.library.CustomOpDef:
+    if IS_INTERPRETED:
+        op = torch.library.custom_op(name, body, mutates_args=())
+    else:
+        # triton_op reads the source of the function it is given in search of kernels, and imports Inductor to do so
+        # (0.8 s). A partial object has no source; the kernels are listed below.
+        sourceless = functools.partial(body)
+        sourceless.__globals__ = body.__globals__
+        op = torch.library.triton_op(name, sourceless, mutates_args=())
+    op.register_fake(fake)
+    return op
+
+
+_forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_define_op("modelopt::varlen_attention_backward", _varlen_attention_backward, _fake_backward)
+
+if HAS_TRITON and not IS_INTERPRETED:
+    # AOTAutograd's cache key holds the source of these kernels and of all that they call
+    torch._library.triton.triton_ops_to_kernels.update({
+        "modelopt::varlen_attention": [attention_forward_kernel],
+        "modelopt::varlen_attention_backward": [attention_backward_dq_kernel, attention_backward_dkv_kernel],
+    })  # fmt: skip

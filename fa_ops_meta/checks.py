@@ -1,0 +1,206 @@
+"""Validation of the op's arguments from shapes, dtypes, strides and devices: every error message lives here.
+
+Nothing is read back from a device. Shapes are B sequences, Hq query heads, Hkv key and value heads, head dimension D,
+value head dimension Dv; packed tensors are (total, H, D), padded ones (B, S, H, D).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+DEVICES = ("cpu", "cuda", "meta")
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+SKIP_SOFTMAX_BLOCKS = (16, 32, 64, 128)
+MIN_CAPABILITY = (8, 0)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+    deterministic: bool = True,
+    skip_softmax_threshold: Tensor | None = None,
+    skip_softmax_block_q: int = 64,
+    skip_softmax_block_k: int = 128,
+) -> None:
+    """Takes the op's arguments. Raises TypeError for a dtype, NotImplementedError for what the release does not have,
+    ValueError for the rest."""
+    for name, size in (("window_left", window_left), ("window_right", window_right)):
+        if size < -1:
+            raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
+        if size != -1:
+            raise NotImplementedError(f"{name}: {size} given; sliding windows are not implemented yet, pass -1")
+    if softcap != 0.0:
+        raise NotImplementedError(f"softcap: {softcap} given; logit softcapping is not implemented yet, pass 0.0")
+    for name, value, what in (
+        ("sinks", sinks, "attention sinks are"),
+        ("block_table", block_table, "paged caches are"),
+        ("skip_softmax_threshold", skip_softmax_threshold, "skip-softmax sparsity is"),
+    ):
+        if value is not None:
+            raise NotImplementedError(f"{name}: a {type(value).__name__} given; {what} not implemented yet, pass None")
+    for name, size in (("skip_softmax_block_q", skip_softmax_block_q), ("skip_softmax_block_k", skip_softmax_block_k)):
+        if size not in SKIP_SOFTMAX_BLOCKS:
+            raise ValueError(f"{name}: {size} given; accepted are {SKIP_SOFTMAX_BLOCKS}")
+    _check_qkv(q, k, v)
+    _check_scalars(softmax_scale, max_input_len, max_input_len_k)
+    _check_ranges("", q, b_start_loc, b_seq_len)
+    _check_key_side(q, k, b_start_loc, b_start_loc_k, b_seq_len_k, max_input_len_k)
+    if key_mask is not None:
+        _check_key_mask(k, key_mask)
+
+
+def check_capability(major: int, minor: int, name: str) -> None:
+    """A CUDA device must have compute capability 8.0 or higher."""
+    if (major, minor) < MIN_CAPABILITY:
+        raise ValueError(
+            f"q: device {name!r} has compute capability {major}.{minor}; the kernels need 8.0 (sm_80) or higher"
+        )
+
+
+def check_gradients(out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None) -> None:
+    """What the backward op checks beyond the forward's arguments: `dout` is like `out`, `dlse` like `lse`."""
+    for name, grad, like in (("dout", dout, out), ("dlse", dlse, lse)):
+        if grad is None:
+            continue
+        if grad.shape != like.shape:
+            raise ValueError(f"{name}: shape {_shape(grad)} given; expected {_shape(like)}")
+        if grad.dtype != like.dtype:
+            raise TypeError(f"{name}: dtype {grad.dtype} given; expected {like.dtype}")
+        if grad.device != like.device:
+            raise ValueError(f"{name}: device {grad.device} given; expected q's, {like.device}")
+
+
+def _shape(t: Tensor) -> str:
+    return f"({', '.join(str(s) for s in t.shape)})"
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    rank = q.dim()
+    if rank not in (3, 4):
+        raise ValueError(f"q: shape {_shape(q)} given; accepted are (total, Hq, D) packed and (B, S, Hq, D) padded")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: dtype {q.dtype} given; accepted are float16, bfloat16, float32")
+    if q.device.type not in DEVICES:
+        raise ValueError(f"q: device {q.device} given; accepted are cpu and cuda (sm_80 or higher)")
+    if q.is_cuda and torch.version.hip is not None:
+        raise ValueError(f"q: device {q.device} is a ROCm device; accepted are cpu and NVIDIA cuda (sm_80 or higher)")
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != rank:
+            raise ValueError(
+                f"{name}: shape {_shape(t)} given; expected {rank} dimensions, as q has: packed (total, H, D) and "
+                "padded (B, S, H, D) tensors cannot be mixed"
+            )
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name}: dtype {t.dtype} given; expected q's, {q.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: device {t.device} given; expected q's, {q.device}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        head_dim = t.shape[-1]
+        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: head dimension {head_dim} given; accepted are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+        if t.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: stride {t.stride(-1)} in the last dimension given; it must be contiguous (stride 1)"
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: head dimension {k.shape[-1]} given; expected q's, {q.shape[-1]}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v: shape {_shape(v)} given; expected k's, {_shape(k)}, but for the last dimension")
+    heads_q, heads_kv = q.shape[-2], k.shape[-2]
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv != 0:
+        raise ValueError(
+            f"k: {heads_kv} heads given with {heads_q} query heads; q's number of heads must be a multiple of k's"
+        )
+    if rank == 4 and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: batch size {k.shape[0]} given; expected q's, {q.shape[0]}")
+
+
+def _check_scalars(softmax_scale: float | None, max_input_len: int | None, max_input_len_k: int | None) -> None:
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: {softmax_scale} given; it must be finite, or None for 1/sqrt(D)")
+    for name, size in (("max_input_len", max_input_len), ("max_input_len_k", max_input_len_k)):
+        if size is not None and size < 0:
+            raise ValueError(f"{name}: {size} given; it must be 0 or more, or None")
+
+
+def _check_ranges(suffix: str, q: Tensor, start: Tensor, length: Tensor) -> None:
+    for name, t in ((f"b_start_loc{suffix}", start), (f"b_seq_len{suffix}", length)):
+        if t.dim() != 1:
+            raise ValueError(f"{name}: shape {_shape(t)} given; expected (B,), one entry for each sequence")
+        if t.dtype not in INDEX_DTYPES:
+            raise TypeError(f"{name}: dtype {t.dtype} given; accepted are int32 and int64")
+        if t.device != q.device:
+            raise ValueError(f"{name}: device {t.device} given; expected q's, {q.device}")
+    if length.shape[0] != start.shape[0]:
+        raise ValueError(
+            f"b_seq_len{suffix}: {length.shape[0]} entries given; expected as many as b_start_loc{suffix} has, "
+            f"{start.shape[0]}"
+        )
+    if q.dim() == 4 and start.shape[0] != q.shape[0]:
+        raise ValueError(f"b_start_loc{suffix}: {start.shape[0]} entries given; expected q's batch size, {q.shape[0]}")
+
+
+def _check_key_side(
+    q: Tensor,
+    k: Tensor,
+    b_start_loc: Tensor,
+    b_start_loc_k: Tensor | None,
+    b_seq_len_k: Tensor | None,
+    max_input_len_k: int | None,
+) -> None:
+    given = [
+        name
+        for name, value in (
+            ("b_start_loc_k", b_start_loc_k),
+            ("b_seq_len_k", b_seq_len_k),
+            ("max_input_len_k", max_input_len_k),
+        )
+        if value is not None
+    ]
+    for name, value in (("b_start_loc_k", b_start_loc_k), ("b_seq_len_k", b_seq_len_k)):
+        if given and value is None:
+            raise ValueError(
+                f"{name}: None given together with {' and '.join(given)}; the key side needs both b_start_loc_k and "
+                "b_seq_len_k, or none of its arguments"
+            )
+    if b_start_loc_k is not None and b_seq_len_k is not None:
+        _check_ranges("_k", q, b_start_loc_k, b_seq_len_k)
+        if b_start_loc_k.shape[0] != b_start_loc.shape[0]:
+            raise ValueError(
+                f"b_start_loc_k: {b_start_loc_k.shape[0]} entries given; expected as many as b_start_loc has, "
+                f"{b_start_loc.shape[0]}"
+            )
+    elif k.shape[-3] != q.shape[-3]:
+        raise ValueError(
+            f"k: {k.shape[-3]} rows given with {q.shape[-3]} query rows; where they differ, b_start_loc_k and "
+            "b_seq_len_k are required"
+        )
+
+
+def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:
+    if k.dim() != 4:
+        raise ValueError("key_mask: given with packed k; it is for the padded layout, (B, S, Hkv, D)")
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: dtype {key_mask.dtype} given; accepted is bool (True for keys to attend to)")
+    if key_mask.shape != k.shape[:2]:
+        raise ValueError(f"key_mask: shape {_shape(key_mask)} given; expected (B, Sk) = {_shape(k[..., 0, 0])}")
+    if key_mask.device != k.device:
+        raise ValueError(f"key_mask: device {key_mask.device} given; expected k's, {k.device}")
