@@ -47,7 +47,8 @@ def varlen_attention_cpu(
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
     out.zero_()
     lse.fill_(float("-inf"))
-    qh, kh, vh, outh, lseh = *map(_head_major, (q, k, v, out)), lse.view(-1, *lse.shape[-2:])
+    qh, kh, vh, outh = map(_head_major, (q, k, v, out))
+    lseh = lse if lse.dim() == 3 else lse.unsqueeze(0)
     attend = _flash_attend if q.shape[-1] == v.shape[-1] else _plain_attend
     for run in _runs(q, k, start, length, start_k, length_k, key_mask):
         q_run = qh[run.batch, :, run.row : run.row_end]
@@ -71,8 +72,7 @@ def varlen_attention_backward_cpu(
         grad.zero_()
     qh, kh, vh, outh, douth = map(_head_major, (q, k, v, out, dout))
     dqh, dkh, dvh = map(_head_major, (dq, dk, dv))
-    lseh = lse.view(-1, *lse.shape[-2:])
-    dlseh = None if dlse is None else dlse.reshape(lseh.shape)
+    lseh, dlseh = (t if t is None or t.dim() == 3 else t.unsqueeze(0) for t in (lse, dlse))
     is_flash = q.shape[-1] == v.shape[-1] and dlse is None
     for run in _runs(q, k, start, length, start_k, length_k, key_mask):
         k_run, v_run = _keys_of(kh, run), _keys_of(vh, run)
