@@ -47,6 +47,7 @@ def varlen_attention_cpu(
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
     out.zero_()
     lse.fill_(float("-inf"))
+    q, scale, _ = _with_positive_scale(q, scale)
     qh, kh, vh, outh = map(_head_major, (q, k, v, out))
     lseh = lse if lse.dim() == 3 else lse.unsqueeze(0)
     attend = _flash_attend if q.shape[-1] == v.shape[-1] else _plain_attend
@@ -70,6 +71,7 @@ def varlen_attention_backward_cpu(
     """Fills `dq`, `dk` and `dv`."""
     for grad in (dq, dk, dv):
         grad.zero_()
+    q, scale, factor = _with_positive_scale(q, scale)
     qh, kh, vh, outh, douth = map(_head_major, (q, k, v, out, dout))
     dqh, dkh, dvh = map(_head_major, (dq, dk, dv))
     lseh, dlseh = (t if t is None or t.dim() == 3 else t.unsqueeze(0) for t in (lse, dlse))
@@ -96,6 +98,17 @@ def varlen_attention_backward_cpu(
                 target[run.batch, :, run.key : run.key + grad.shape[2]] = grad
             else:
                 target[run.batch, :, run.key + run.kept[: grad.shape[2]]] = grad.to(target.dtype)
+    if factor != 1.0:
+        dq *= factor
+
+
+def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """(q', scale', factor) with q' = factor * q and factor * scale' = scale: flash attention on CPU masks with -inf
+    before it multiplies, so a scale that is not positive would give NaN."""
+    if scale > 0.0:
+        return q, scale, 1.0
+    factor, scale = (-1.0, -scale) if scale < 0.0 else (0.0, 1.0)
+    return q * factor, scale, factor
 
 
 def _head_major(t: Tensor) -> Tensor:
