@@ -14,6 +14,7 @@ from fa_ops.kernels.primitives import (
     LOG2E,
     is_visible,
     key_range,
+    load_own_rows,
     load_range,
     load_rows,
     locate_tile,
@@ -84,16 +85,15 @@ def attention_backward_dq_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = seq.to(tl.int64)
     head_kv = head // GROUP_SIZE
-    q_ptr += batch * stride_qb + head * stride_qh + (start_q + m0) * stride_qt
-    out_ptr += batch * stride_ob + head * stride_oh + (start_q + m0) * stride_ot
-    dout_ptr += batch * stride_dob + head * stride_doh + (start_q + m0) * stride_dot
+    q_ptr += batch * stride_qb + head * stride_qh
+    out_ptr += batch * stride_ob + head * stride_oh
+    dout_ptr += batch * stride_dob + head * stride_doh
     k_ptr += batch * stride_kb + head_kv * stride_kh
     v_ptr += batch * stride_vb + head_kv * stride_vh
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
 
     offs_m = m0 + tl.arange(0, BLOCK_M)
-    offs_tile = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     is_row = offs_m < len_q
@@ -101,13 +101,14 @@ def attention_backward_dq_kernel(
     lse_ptr += batch * stride_lb + head * stride_lh
     lse = tl.load(lse_ptr + row, mask=is_row, other=float("-inf"))
     sees_key = lse != float("-inf")
-    q = load_rows(q_ptr, stride_qt, offs_tile, offs_d, is_row, HEAD_DIM, BLOCK_D, True)
-    out = load_rows(out_ptr, stride_ot, offs_tile, offs_dv, sees_key, HEAD_DIM_V, BLOCK_DV, True)
-    dout = load_rows(dout_ptr, stride_dot, offs_tile, offs_dv, sees_key, HEAD_DIM_V, BLOCK_DV, True)
+    q = load_own_rows(q_ptr, stride_qt, row, rows_q, offs_d, HEAD_DIM, BLOCK_D)
+    out = load_own_rows(out_ptr, stride_ot, row, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
+    dout = load_own_rows(dout_ptr, stride_dot, row, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if HAS_DLSE:
         dlse_ptr += batch * stride_dlb + head * stride_dlh
         delta -= tl.load(dlse_ptr + row * stride_dlt, mask=sees_key, other=0.0)
+    delta = tl.where(sees_key, delta, 0.0)
     tl.store(delta_ptr + batch * stride_lb + head * stride_lh + row, delta, mask=is_row)
 
     lse_log2 = _lse_for_exp2(lse)
@@ -200,10 +201,10 @@ def attention_backward_dkv_kernel(
     is_key = offs_n < len_k
     if HAS_KEY_MASK:
         is_key = tl.load(key_mask_ptr + batch * stride_mb + (start_k + offs_n) * stride_ms, mask=is_key, other=0) != 0
-    k_ptr += batch * stride_kb + head_kv * stride_kh + start_k * stride_kt
-    v_ptr += batch * stride_vb + head_kv * stride_vh + start_k * stride_vt
-    k = load_rows(k_ptr, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, True)
+    k_ptr += batch * stride_kb + head_kv * stride_kh
+    v_ptr += batch * stride_vb + head_kv * stride_vh
+    k = load_own_rows(k_ptr, stride_kt, start_k + offs_n, rows_k, offs_d, HEAD_DIM, BLOCK_D)
+    v = load_own_rows(v_ptr, stride_vt, start_k + offs_n, rows_k, offs_dv, HEAD_DIM_V, BLOCK_DV)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

@@ -15,6 +15,7 @@ from fa_ops.kernels.primitives import (
     LOG2E,
     is_visible,
     key_range,
+    load_own_rows,
     load_range,
     load_rows,
     locate_tile,
@@ -86,7 +87,7 @@ def attention_forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = seq.to(tl.int64)
     head_kv = head // GROUP_SIZE
-    q_ptr += batch * stride_qb + head * stride_qh + (start_q + m0) * stride_qt
+    q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head_kv * stride_kh
     v_ptr += batch * stride_vb + head_kv * stride_vh
     if HAS_KEY_MASK:
@@ -94,8 +95,7 @@ def attention_forward_kernel(
 
     offs_m = m0 + tl.arange(0, BLOCK_M)
     is_row = offs_m < len_q
-    offs_d = tl.arange(0, BLOCK_D)
-    q = load_rows(q_ptr, stride_qt, tl.arange(0, BLOCK_M), offs_d, is_row, HEAD_DIM, BLOCK_D, True)
+    q = load_own_rows(q_ptr, stride_qt, start_q + offs_m, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
     # rowmax(S) is taken before scaling, which needs a scale that is not negative
     scale_log2 = softmax_scale * LOG2E
     if scale_log2 < 0:
@@ -123,7 +123,7 @@ def attention_forward_kernel(
             IS_CAUSAL, HAS_KEY_MASK, True,
         )  # fmt: skip
 
-    sees_none = (l_i == 0.0) | (offs_m >= len_q)
+    sees_none = (l_i == 0.0) | ~is_row
     out = tl.where(sees_none[:, None], 0.0, acc / tl.where(sees_none, 1.0, l_i)[:, None])
     lse = tl.where(sees_none, float("-inf"), (m_i_log2 + tl.log2(tl.where(sees_none, 1.0, l_i))) * LN2)
     row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)

@@ -103,7 +103,9 @@ def query_range(n0, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 
 @triton.jit
-def load_rows(base_ptr, stride_t, offs, offs_d, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(
+    base_ptr, stride_t, offs, offs_d, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
     """A (rows, BLOCK_D) tile, zero where `row_mask` (read only if MASKED) is false and past the head dimension."""
     ptrs = base_ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
     if MASKED:
@@ -116,6 +118,13 @@ def load_rows(base_ptr, stride_t, offs, offs_d, row_mask, HEAD_DIM: tl.constexpr
             return tl.load(ptrs)
         else:
             return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_own_rows(base_ptr, stride_t, row, rows, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A (rows, BLOCK_D) tile whose rows nothing is summed over: what lies behind the sequence is loaded as it is, NaN
+    or not, and dropped at the end. A mask would cost registers."""
+    return load_rows(base_ptr, stride_t, tl.minimum(row, rows - 1), offs_d, row, HEAD_DIM, BLOCK_D, False)
 
 
 @triton.jit
