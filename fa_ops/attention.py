@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fa_ops import ops  # noqa: F401  (registers torch.ops.modelopt.varlen_attention)
+from fa_ops_meta import checks
 
 
 def attention(
@@ -83,18 +84,34 @@ def attention(
         raise NotImplementedError("return_skip_counts: True given; skip-softmax is not implemented yet, pass False")
     if isinstance(skip_softmax_threshold, float):
         raise NotImplementedError("skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None")
+    checks.check_types(
+        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
+        {
+            "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
+            "skip_softmax_threshold": skip_softmax_threshold,
+        },
+        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
+        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
+        is_causal, softmax_scale, deterministic,
+    )  # fmt: skip
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
-    device_type = q.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     out, lse, _, _ = torch.ops.modelopt.varlen_attention(
         q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask, None,
         deterministic is not False, skip_softmax_threshold, skip_softmax_block[0], skip_softmax_block[1],
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As SDPA: under autocast, 16- and 32-bit floating point tensors become the autocast dtype, others stay."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t.dtype in checks.DTYPES else t for t in tensors)
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:

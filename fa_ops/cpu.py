@@ -21,23 +21,36 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class Run(NamedTuple):
-    """Neighbouring batch rows with the same ranges (one sequence, if packed): rows and keys, first and end."""
+    """Neighbouring batch rows with equal ranges, or one packed sequence: rows and keys, first and end."""
 
-    batch: slice
+    seq: int
+    num_seqs: int
     row: int
     row_end: int
     key: int
     key_end: int
-    kept: Tensor | None  # keys inside the range that key_mask leaves, where it hides any
+    kept: Tensor | None  # keys of the range that key_mask leaves, where it hides any
+
+    @property
+    def num_keys(self) -> int:
+        return self.key_end - self.key if self.kept is None else self.kept.shape[0]
 
 
 class Block(NamedTuple):
-    """Rows of a run that one call computes, the keys they see, and what is left to mask."""
+    """Rows of a run that one call computes, the end of the keys that they see, and how many of these each row sees."""
 
-    rows: slice
-    keys: slice
+    row: int
+    row_end: int
+    key_end: int
     is_causal: bool
-    mask: Tensor | None  # (rows, keys) bool
+    limit: Tensor | None  # (rows,), where neither all rows see all keys nor is_causal says it
+
+    def hidden(self, first: int, end: int) -> Tensor | None:
+        """(end - first, keys) bool for these rows of the block, True for keys that a row does not see."""
+        limit = self.limit
+        if self.is_causal:
+            limit = torch.arange(1, self.row_end - self.row + 1)
+        return None if limit is None else torch.arange(self.key_end) >= limit[first:end, None]
 
 
 def varlen_attention_cpu(
@@ -45,22 +58,22 @@ def varlen_attention_cpu(
     key_mask: Tensor | None, is_causal: bool, scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
-    out.zero_()
-    lse.fill_(float("-inf"))
     q, scale, _ = _with_positive_scale(q, scale)
-    qh, kh, vh, outh = map(_head_major, (q, k, v, out))
-    lseh = lse if lse.dim() == 3 else lse.unsqueeze(0)
     attend = _flash_attend if q.shape[-1] == v.shape[-1] else _plain_attend
-    for run in _runs(q, k, start, length, start_k, length_k, key_mask):
-        q_run = qh[run.batch, :, run.row : run.row_end]
-        k_run, v_run = _keys_of(kh, run), _keys_of(vh, run)
-        for block in _blocks(run, k_run.shape[2], is_causal, q.device):
-            block_out, block_lse = attend(
-                q_run[:, :, block.rows], k_run[:, :, block.keys], v_run[:, :, block.keys], block, scale
-            )
-            rows = slice(run.row + block.rows.start, run.row + block.rows.stop)
-            outh[run.batch, :, rows] = block_out
-            lseh[run.batch, :, rows] = block_lse
+    jobs = [
+        (run, block)
+        for run in _runs(q, k, start, length, start_k, length_k, key_mask)
+        for block in _blocks(run, is_causal)
+    ]
+    if sum(run.num_seqs * (block.row_end - block.row) for run, block in jobs) < lse.numel() // max(1, q.shape[-2]):
+        out.zero_()
+        lse.fill_(float("-inf"))
+    for run, block in jobs:
+        block_out, block_lse = attend(
+            _rows(q, run, block), _keys(k, run, block), _keys(v, run, block), block, scale
+        )
+        _rows(out, run, block).copy_(block_out)
+        _lse_rows(lse, run, block).copy_(block_lse)
 
 
 def varlen_attention_backward_cpu(
@@ -72,34 +85,54 @@ def varlen_attention_backward_cpu(
     for grad in (dq, dk, dv):
         grad.zero_()
     q, scale, factor = _with_positive_scale(q, scale)
-    qh, kh, vh, outh, douth = map(_head_major, (q, k, v, out, dout))
-    dqh, dkh, dvh = map(_head_major, (dq, dk, dv))
-    lseh, dlseh = (t if t is None or t.dim() == 3 else t.unsqueeze(0) for t in (lse, dlse))
     is_flash = q.shape[-1] == v.shape[-1] and dlse is None
     for run in _runs(q, k, start, length, start_k, length_k, key_mask):
-        k_run, v_run = _keys_of(kh, run), _keys_of(vh, run)
-        blocks = list(_blocks(run, k_run.shape[2], is_causal, q.device))
-        # one block: its gradients are the run's; several: their sum, in float32
-        sums = [torch.zeros(t.shape, dtype=torch.float32) for t in (k_run, v_run)] if len(blocks) > 1 else []
+        blocks = list(_blocks(run, is_causal))
+        sums = _KeyGradients(run, is_single=len(blocks) == 1)
         for block in blocks:
-            rows = slice(run.row + block.rows.start, run.row + block.rows.stop)
-            at = (run.batch, slice(None), rows)
-            tensors = (douth[at], qh[at], k_run[:, :, block.keys], v_run[:, :, block.keys], outh[at], lseh[at])
+            tensors = (
+                _rows(dout, run, block), _rows(q, run, block), _keys(k, run, block), _keys(v, run, block),
+                _rows(out, run, block), _lse_rows(lse, run, block),
+            )  # fmt: skip
             if is_flash:
-                mask = _additive(block.mask, q.dtype)
+                mask = _additive_mask(block, q.dtype)
                 grads = flash_backward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
             else:
-                grads = _plain_gradients(*tensors, None if dlseh is None else dlseh[at], block, scale)
-            dqh[at] = grads[0]
-            for total, grad in zip(sums, grads[1:], strict=False):
-                total[:, :, block.keys] += grad
-        for target, grad in zip((dkh, dvh), sums or (grads[1:] if blocks else ()), strict=False):
-            if run.kept is None:
-                target[run.batch, :, run.key : run.key + grad.shape[2]] = grad
-            else:
-                target[run.batch, :, run.key + run.kept[: grad.shape[2]]] = grad.to(target.dtype)
+                grads = _plain_gradients(
+                    *tensors, None if dlse is None else _lse_rows(dlse, run, block), block, scale
+                )
+            _rows(dq, run, block).copy_(grads[0])
+            sums.add(grads[1:])
+        sums.store(dk, dv)
     if factor != 1.0:
         dq *= factor
+
+
+class _KeyGradients:
+    """dk and dv of a run: those of its one block, or the sum over its blocks in float32."""
+
+    def __init__(self, run: Run, is_single: bool):
+        self.run, self.is_single = run, is_single
+        self.totals: list[Tensor] = []
+
+    def add(self, grads: tuple[Tensor, Tensor]) -> None:
+        if self.is_single:
+            self.totals = list(grads)
+            return
+        if not self.totals:
+            shapes = [(*grad.shape[:2], self.run.num_keys, grad.shape[3]) for grad in grads]
+            self.totals = [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
+        for total, grad in zip(self.totals, grads, strict=True):
+            total[:, :, : grad.shape[2]] += grad
+
+    def store(self, dk: Tensor, dv: Tensor) -> None:
+        run = self.run
+        for target, total in zip((dk, dv), self.totals, strict=False):
+            keys = _slice(target, run, run.key, run.key_end)
+            if run.kept is None:
+                keys[:, :, : total.shape[2]].copy_(total)
+            else:
+                keys[:, :, run.kept[: total.shape[2]]] = total.to(target.dtype)
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -111,14 +144,28 @@ def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]
     return q * factor, scale, factor
 
 
-def _head_major(t: Tensor) -> Tensor:
-    """(B, H, S, D) of a padded (B, S, H, D) or packed (total, H, D) tensor; packed ones have B = 1."""
-    return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
+def _slice(t: Tensor, run: Run, first: int, end: int) -> Tensor:
+    """The rows [first, end) of a run as (sequences, H, rows, D)."""
+    stride_b, stride_t, stride_h, stride_d = t.stride() if t.dim() == 4 else (0, *t.stride())
+    offset = t.storage_offset() + run.seq * stride_b + first * stride_t
+    return t.as_strided(
+        (run.num_seqs, t.shape[-2], end - first, t.shape[-1]), (stride_b, stride_h, stride_t, stride_d), offset
+    )
 
 
-def _keys_of(t: Tensor, run: Run) -> Tensor:
-    keys = t[run.batch, :, run.key : run.key_end]
-    return keys if run.kept is None else keys[:, :, run.kept]
+def _rows(t: Tensor, run: Run, block: Block) -> Tensor:
+    return _slice(t, run, run.row + block.row, run.row + block.row_end)
+
+
+def _keys(t: Tensor, run: Run, block: Block) -> Tensor:
+    if run.kept is None:
+        return _slice(t, run, run.key, run.key + block.key_end)
+    return _slice(t, run, run.key, run.key_end)[:, :, run.kept[: block.key_end]]
+
+
+def _lse_rows(lse: Tensor, run: Run, block: Block) -> Tensor:
+    lse = lse if lse.dim() == 3 else lse.unsqueeze(0)
+    return lse[run.seq : run.seq + run.num_seqs, :, run.row + block.row : run.row + block.row_end]
 
 
 def _runs(
@@ -126,61 +173,58 @@ def _runs(
 ) -> Iterator[Run]:
     """Sequences with rows and keys, ranges clamped into the tensors; equal neighbours in a padded batch as one."""
     is_packed = q.dim() == 3
+    rows_q, rows_k = q.shape[-3], k.shape[-3]
     ranges = []
     for first, count, first_k, count_k in zip(
         start.tolist(), length.tolist(), start_k.tolist(), length_k.tolist(), strict=True
     ):
-        row, key = (min(max(x, 0), t.shape[-3]) for x, t in ((first, q), (first_k, k)))
-        row_end, key_end = min(row + max(count, 0), q.shape[-3]), min(key + max(count_k, 0), k.shape[-3])
-        ranges.append((row, row_end, key, key_end))
+        row, key = min(max(first, 0), rows_q), min(max(first_k, 0), rows_k)
+        ranges.append((row, min(row + max(count, 0), rows_q), key, min(key + max(count_k, 0), rows_k)))
     seq = 0
     while seq < len(ranges):
         row, row_end, key, key_end = ranges[seq]
-        kept = None if key_mask is None else _kept(key_mask[seq, key:key_end])
         end = seq + 1
         while not is_packed and key_mask is None and end < len(ranges) and ranges[end] == ranges[seq]:
             end += 1
         if row < row_end and key < key_end:
-            yield Run(slice(0, 1) if is_packed else slice(seq, end), row, row_end, key, key_end, kept)
+            kept = None
+            if key_mask is not None and not key_mask[seq, key:key_end].all():
+                kept = key_mask[seq, key:key_end].nonzero().squeeze(1)
+            yield Run(0 if is_packed else seq, end - seq, row, row_end, key, key_end, kept)
         seq = end
 
 
-def _kept(mask: Tensor) -> Tensor | None:
-    return None if bool(mask.all()) else mask.nonzero().squeeze(1)
-
-
-def _blocks(run: Run, num_keys: int, is_causal: bool, device: torch.device) -> Iterator[Block]:
-    """Blocks of the rows that see a key. `num_keys` is the number of keys that the mask leaves."""
+def _blocks(run: Run, is_causal: bool) -> Iterator[Block]:
+    """Blocks of the rows that see a key."""
     len_q, len_k = run.row_end - run.row, run.key_end - run.key
+    num_keys = run.num_keys
     if num_keys == 0:
         return
     if not is_causal:
-        yield Block(slice(0, len_q), slice(0, num_keys), False, None)
+        yield Block(0, len_q, num_keys, False, None)
         return
     offset = len_k - len_q
     if run.kept is None and offset <= 0:
-        yield Block(slice(-offset, len_q), slice(0, num_keys), True, None)
+        yield Block(-offset, len_q, num_keys, True, None)
         return
-    limit = torch.arange(offset + 1, len_k + 1, device=device)
+    limit = torch.arange(offset + 1, len_k + 1)
     if run.kept is not None:
         limit = torch.searchsorted(run.kept, limit)
     first = int((limit <= 0).sum())
     for row in range(first, len_q, ROW_BLOCK):
         end = min(row + ROW_BLOCK, len_q)
         fewest, most = int(limit[row]), int(limit[end - 1])
-        mask = None
-        if fewest < most:
-            mask = torch.arange(most, device=device) < limit[row:end, None]
-        yield Block(slice(row, end), slice(0, most), False, mask)
+        yield Block(row, end, most, False, limit[row:end] if fewest < most else None)
 
 
 def _flash_attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    return flash_forward(q, k, v, 0.0, block.is_causal, attn_mask=_additive(block.mask, q.dtype), scale=scale)
+    return flash_forward(q, k, v, 0.0, block.is_causal, attn_mask=_additive_mask(block, q.dtype), scale=scale)
 
 
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Flash attention on CPU takes masks in q's dtype only."""
-    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+def _additive_mask(block: Block, dtype: torch.dtype) -> Tensor | None:
+    """What flash attention's own causal mask does not say; it takes masks in q's dtype only."""
+    hidden = None if block.is_causal else block.hidden(0, block.row_end - block.row)
+    return None if hidden is None else torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
 def _plain_scores(
@@ -194,10 +238,8 @@ def _plain_scores(
         part = slice(row, min(row + piece, rows))
         grouped = q[:, :, part].float().reshape(batch, heads_kv, -1, dim)
         scores = (grouped @ k.transpose(-1, -2) * scale).view(batch, heads_kv, heads // heads_kv, -1, keys)
-        if block.mask is not None:
-            scores.masked_fill_(~block.mask[part], float("-inf"))
-        elif block.is_causal:
-            hidden = torch.ones(part.stop - part.start, keys, dtype=torch.bool, device=q.device).triu(row + 1)
+        hidden = block.hidden(part.start, part.stop)
+        if hidden is not None:
             scores.masked_fill_(hidden, float("-inf"))
         yield part, grouped, scores.view(batch, heads_kv, -1, keys)
 

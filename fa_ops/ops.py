@@ -313,8 +313,10 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _define_op("modelopt::varlen_attention_backward", _varlen_attention_backward, _fake_backward)
 
 if HAS_TRITON and not IS_INTERPRETED:
-    # AOTAutograd's cache key holds the source of these kernels and of all that they call
+    # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
+    # That graph holds the forward op alone, so its entry lists the backward's kernels too.
+    _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     torch._library.triton.triton_ops_to_kernels.update({
-        "modelopt::varlen_attention": [attention_forward_kernel],
-        "modelopt::varlen_attention_backward": [attention_backward_dq_kernel, attention_backward_dkv_kernel],
+        "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels],
+        "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip

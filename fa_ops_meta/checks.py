@@ -17,6 +17,36 @@ SKIP_SOFTMAX_BLOCKS = (16, 32, 64, 128)
 MIN_CAPABILITY = (8, 0)
 
 
+def check_types(
+    tensors: dict[str, object],
+    optional_tensors: dict[str, object],
+    integers: dict[str, object],
+    pairs: dict[str, object],
+    is_causal: object,
+    softmax_scale: object,
+    deterministic: object,
+) -> None:
+    """What the op's schema would convert or refuse without a word of the argument. A tensor is no number here: reading
+    it would wait for the device."""
+    for name, value in (tensors | optional_tensors).items():
+        if not isinstance(value, Tensor) and (value is not None or name in tensors):
+            accepted = "a Tensor" if name in tensors else "a Tensor or None"
+            raise TypeError(f"{name}: {type(value).__name__} given; accepted is {accepted}")
+    for name, value in integers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            raise TypeError(f"{name}: {type(value).__name__} given; accepted are int and None")
+    for name, value in pairs.items():
+        is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+        if not is_pair or any(isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in value):
+            raise TypeError(f"{name}: {value!r} given; accepted is a pair of ints")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: {type(is_causal).__name__} given; accepted are True and False")
+    if softmax_scale is not None and not isinstance(softmax_scale, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"softmax_scale: {type(softmax_scale).__name__} given; accepted are float and None")
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: {type(deterministic).__name__} given; accepted are True, False and None")
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,
@@ -42,7 +72,10 @@ def check_attention(
 ) -> None:
     """Takes the op's arguments. Raises TypeError for a dtype, NotImplementedError for what the release does not have,
     ValueError for the rest."""
-    for name, size in (("window_left", window_left), ("window_right", window_right)):
+    for name, size in (
+        ("window_left (window_size[0])", window_left),
+        ("window_right (window_size[1])", window_right),
+    ):
         if size < -1:
             raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
         if size != -1:
@@ -56,7 +89,10 @@ def check_attention(
     ):
         if value is not None:
             raise NotImplementedError(f"{name}: a {type(value).__name__} given; {what} not implemented yet, pass None")
-    for name, size in (("skip_softmax_block_q", skip_softmax_block_q), ("skip_softmax_block_k", skip_softmax_block_k)):
+    for name, size in (
+        ("skip_softmax_block_q (skip_softmax_block[0])", skip_softmax_block_q),
+        ("skip_softmax_block_k (skip_softmax_block[1])", skip_softmax_block_k),
+    ):
         if size not in SKIP_SOFTMAX_BLOCKS:
             raise ValueError(f"{name}: {size} given; accepted are {SKIP_SOFTMAX_BLOCKS}")
     _check_qkv(q, k, v)
@@ -102,6 +138,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: device {q.device} given; accepted are cpu and cuda (sm_80 or higher)")
     if q.is_cuda and torch.version.hip is not None:
         raise ValueError(f"q: device {q.device} is a ROCm device; accepted are cpu and NVIDIA cuda (sm_80 or higher)")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name}: layout {t.layout} given; accepted is torch.strided")
     for name, t in (("k", k), ("v", v)):
         if t.dim() != rank:
             raise ValueError(
