@@ -83,7 +83,9 @@ def attention(
     if return_skip_counts:
         raise NotImplementedError("return_skip_counts: True given; skip-softmax is not implemented yet, pass False")
     if isinstance(skip_softmax_threshold, float):
-        raise NotImplementedError("skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None")
+        raise NotImplementedError(
+            "skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None"
+        )
     checks.check_types(
         {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
         {

@@ -69,9 +69,7 @@ def varlen_attention_cpu(
         out.zero_()
         lse.fill_(float("-inf"))
     for run, block in jobs:
-        block_out, block_lse = attend(
-            _rows(q, run, block), _keys(k, run, block), _keys(v, run, block), block, scale
-        )
+        block_out, block_lse = attend(_rows(q, run, block), _keys(k, run, block), _keys(v, run, block), block, scale)
         _rows(out, run, block).copy_(block_out)
         _lse_rows(lse, run, block).copy_(block_lse)
 
@@ -98,9 +96,7 @@ def varlen_attention_backward_cpu(
                 mask = _additive_mask(block, q.dtype)
                 grads = flash_backward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
             else:
-                grads = _plain_gradients(
-                    *tensors, None if dlse is None else _lse_rows(dlse, run, block), block, scale
-                )
+                grads = _plain_gradients(*tensors, None if dlse is None else _lse_rows(dlse, run, block), block, scale)
             _rows(dq, run, block).copy_(grads[0])
             sums.add(grads[1:])
         sums.store(dk, dv)
@@ -227,9 +223,7 @@ def _additive_mask(block: Block, dtype: torch.dtype) -> Tensor | None:
     return None if hidden is None else torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def _plain_scores(
-    q: Tensor, k: Tensor, block: Block, scale: float
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _plain_scores(q: Tensor, k: Tensor, block: Block, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of the block, a piece at a time: (rows, their queries grouped by key head, masked float32 scores)."""
     batch, heads, rows, dim = q.shape
     heads_kv, keys = k.shape[1], k.shape[2]

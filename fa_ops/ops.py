@@ -6,6 +6,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._library.triton
@@ -20,7 +21,7 @@ except ImportError:
     HAS_TRITON = IS_INTERPRETED = False
 else:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
-    from fa_ops.kernels.configs import architecture, block_dim, select_tile
+    from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
     from fa_ops.kernels.forward import attention_forward_kernel
 
     HAS_TRITON = True
@@ -28,7 +29,7 @@ else:
 
 if IS_INTERPRETED:
 
-    def wrap_triton(kernel: Callable) -> Callable:
+    def wrap_triton(kernel: Any, /) -> Any:
         """Interpreted kernels are launched bare: torch 2.11 refuses to wrap them."""
         return kernel
 else:
@@ -151,7 +152,8 @@ def _varlen_attention_backward(
     is_empty = num_seqs * rows_q * rows_k == 0
     if is_packed or is_empty:
         # rows that belong to no sequence; in the padded layout the kernels write them
-        dq.zero_(), dk.zero_(), dv.zero_()
+        for grad in (dq, dk, dv):
+            grad.zero_()
     if is_empty:
         return dq, dk, dv, outputs.empty_dsinks(q)
     delta = torch.empty_like(lse)
@@ -218,7 +220,7 @@ def _grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> 
     return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
 
 
-def _tile(kernel: str, q: Tensor, v: Tensor):
+def _tile(kernel: str, q: Tensor, v: Tensor) -> "Tile":
     arch = "interpreter" if q.device.type == "cpu" else _architecture(q.device)
     return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32)
 
@@ -230,7 +232,7 @@ def _architecture(device: torch.device) -> str:
     return architecture(major, minor)
 
 
-def _device_of(t: Tensor):
+def _device_of(t: Tensor) -> torch.cuda.device_of:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(t)
 
@@ -295,14 +297,14 @@ _define_cpu_op(
 )  # fmt: skip
 
 
-def _define_op(name: str, body: Callable, fake: Callable) -> torch.library.CustomOpDef:
-    if IS_INTERPRETED:
+def _define_op(name: str, body: Any, fake: Callable) -> Any:
+    if IS_INTERPRETED or not HAS_TRITON:
         op = torch.library.custom_op(name, body, mutates_args=())
     else:
         # triton_op reads the source of the function it is given in search of kernels, and imports Inductor to do so
         # (0.8 s). A partial object has no source; the kernels are listed below.
-        sourceless = functools.partial(body)
-        sourceless.__globals__ = body.__globals__
+        sourceless: Any = functools.partial(body)
+        sourceless.__globals__ = body.__globals__  # where infer_schema looks annotations up
         op = torch.library.triton_op(name, sourceless, mutates_args=())
     op.register_fake(fake)
     return op

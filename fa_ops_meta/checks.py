@@ -5,6 +5,7 @@ value head dimension Dv; packed tensors are (total, H, D), padded ones (B, S, H,
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ MIN_CAPABILITY = (8, 0)
 
 
 def check_types(
-    tensors: dict[str, object],
-    optional_tensors: dict[str, object],
-    integers: dict[str, object],
-    pairs: dict[str, object],
-    is_causal: object,
-    softmax_scale: object,
-    deterministic: object,
+    tensors: dict[str, Any],
+    optional_tensors: dict[str, Any],
+    integers: dict[str, Any],
+    pairs: dict[str, Any],
+    is_causal: Any,
+    softmax_scale: Any,
+    deterministic: Any,
 ) -> None:
     """What the op's schema would convert or refuse without a word of the argument. A tensor is no number here: reading
     it would wait for the device."""

@@ -183,7 +183,7 @@ def attention_backward_dkv_kernel(
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
-    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_k_ptr, num_seqs, rows_k, BLOCK_N, IS_PACKED)
+    seq, index, _ = locate_tile(tl.program_id(0), b_seq_len_k_ptr, num_seqs, rows_k, BLOCK_N, IS_PACKED)
     if seq >= num_seqs:
         return
     start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)

@@ -4,7 +4,7 @@ Notation: a sequence has `len_q` query rows and `len_k` keys, both counted from 
 rows, `n` over keys, `d` over the head dimension. With `offset = len_k - len_q` (bottom-right alignment) a causal row m
 sees the keys n <= m + offset.
 
-One addressing rule serves both layouts: an element lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
+One addressing rule serves both layouts: a row lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
 where packed tensors have stride_b = 0.
 """
 
