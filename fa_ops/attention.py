@@ -56,9 +56,11 @@ def attention(
             ranges are the query ranges. Key ranges may overlap where no gradient is taken.
         b_seq_len_k: (B,) int32 or int64, keys of each sequence.
         max_input_len_k: as ``max_input_len``.
-        window_size: (left, right), -1 for unlimited. Other sizes are not implemented yet and raise.
-        softcap: not implemented yet: anything but 0.0 raises.
-        sinks: not implemented yet: anything but None raises.
+        window_size: (left, right), keys that a row sees before and after its own position, -1 for unlimited: key j is
+            visible to row i when ``-left <= j - (i + len_k - len_q) <= right``. Causal attention has right = 0.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0.0 for none.
+        sinks: (Hq,) floating point, an additional logit in the softmax's denominator of each head, without a value;
+            differentiable. lse includes it, and is the sink for rows that see no key.
         key_mask: (B, Sk) bool, padded layout only: False for keys to leave out inside a sequence's range (holes).
         deterministic: there is one form, and it is deterministic: the same inputs give the same bits, forward and
             backward, and a sequence's result does not depend on its neighbours.

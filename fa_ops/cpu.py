@@ -1,10 +1,9 @@
 """The CPU path: per sequence, PyTorch's flash attention for CPU, in memory linear in the length.
 
-Every case is brought to one form: after the keys that a hole hides are left out, row i sees the first `limit[i]` keys,
-and limit never falls. Rows with a limit of 0 are therefore the first ones, and are set apart. What remains is one call
-of flash attention where that knows the mask (none, or a causal square), and a call for each block of rows where it does
-not. Plain torch steps in for what flash attention on CPU cannot do: value heads of another size than keys, and a
-gradient of lse.
+Every case is brought to one form: after the keys that a hole hides are left out, row i sees the keys from `low[i]` to
+`high[i]`, and neither ever falls. Rows that see nothing are set apart. What remains is one call of flash attention where
+that knows the mask (none, or a causal square), and a call for each block of rows where it does not. Plain torch steps in
+for what flash attention on CPU cannot do: softcaps, value heads of another size than keys, and a gradient of lse.
 """
 
 from collections.abc import Iterator
@@ -37,57 +36,76 @@ class Run(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows of a run that one call computes, the end of the keys that they see, and how many of these each row sees."""
+    """Rows of a run that one call computes, the keys that any of them sees, and which of these each row sees."""
 
     row: int
     row_end: int
+    key: int
     key_end: int
     is_causal: bool
-    limit: Tensor | None  # (rows,), where neither all rows see all keys nor is_causal says it
+    seen: tuple[Tensor, Tensor] | None  # low and high, (rows,), where the rows do not all see all, and not causally
 
     def hidden(self, first: int, end: int) -> Tensor | None:
         """(end - first, keys) bool for these rows of the block, True for keys that a row does not see."""
-        limit = self.limit
         if self.is_causal:
-            limit = torch.arange(1, self.row_end - self.row + 1)
-        return None if limit is None else torch.arange(self.key_end) >= limit[first:end, None]
+            return torch.arange(self.key_end) > torch.arange(first, end)[:, None]
+        if self.seen is None:
+            return None
+        low, high = (bound[first:end, None] for bound in self.seen)
+        keys = torch.arange(self.key, self.key_end)
+        return (keys < low) | (keys >= high)
 
 
 def varlen_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor,
-    key_mask: Tensor | None, is_causal: bool, scale: float, out: Tensor, lse: Tensor,
+    key_mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, left: int, right: int,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
     q, scale, _ = _with_positive_scale(q, scale)
-    attend = _flash_attend if q.shape[-1] == v.shape[-1] else _plain_attend
-    jobs = [
-        (run, block)
-        for run in _runs(q, k, start, length, start_k, length_k, key_mask)
-        for block in _blocks(run, is_causal)
-    ]
+    is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0
+    runs = list(_runs(q, k, start, length, start_k, length_k, key_mask))
+    jobs = [(run, block) for run in runs for block in _blocks(run, left, right)]
     if sum(run.num_seqs * (block.row_end - block.row) for run, block in jobs) < lse.numel() // max(1, q.shape[-2]):
         out.zero_()
         lse.fill_(float("-inf"))
     for run, block in jobs:
-        block_out, block_lse = attend(_rows(q, run, block), _keys(k, run, block), _keys(v, run, block), block, scale)
+        tensors = _rows(q, run, block), _keys(k, run, block), _keys(v, run, block)
+        if is_flash:
+            mask = _additive_mask(block, q.dtype)
+            block_out, block_lse = flash_forward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
+        else:
+            block_out, block_lse = _plain_attend(*tensors, block, scale, softcap)
         _rows(out, run, block).copy_(block_out)
         _lse_rows(lse, run, block).copy_(block_lse)
+    if sinks is not None:
+        for run in runs:
+            _add_sinks(out, lse, sinks, run)
+
+
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor, run: Run) -> None:
+    """One more score for every row of the run, with no value."""
+    every = Block(0, run.row_end - run.row, 0, 0, False, None)
+    before, rows = _lse_rows(lse, run, every), _rows(out, run, every)
+    after = torch.logaddexp(before, sinks.float()[:, None])
+    rows.copy_(rows * torch.where(before == float("-inf"), 0.0, torch.exp(before - after))[..., None])
+    before.copy_(after)
 
 
 def varlen_attention_backward_cpu(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor,
-    key_mask: Tensor | None, is_causal: bool, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    key_mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, left: int, right: int,
+    dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Fills `dq`, `dk` and `dv`."""
     for grad in (dq, dk, dv):
         grad.zero_()
     q, scale, factor = _with_positive_scale(q, scale)
-    is_flash = q.shape[-1] == v.shape[-1] and dlse is None
+    is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0 and dlse is None
     for run in _runs(q, k, start, length, start_k, length_k, key_mask):
-        blocks = list(_blocks(run, is_causal))
-        sums = _KeyGradients(run, is_single=len(blocks) == 1)
-        for block in blocks:
+        sums = _KeyGradients(run)
+        for block in _blocks(run, left, right):
             tensors = (
                 _rows(dout, run, block), _rows(q, run, block), _keys(k, run, block), _keys(v, run, block),
                 _rows(out, run, block), _lse_rows(lse, run, block),
@@ -96,9 +114,10 @@ def varlen_attention_backward_cpu(
                 mask = _additive_mask(block, q.dtype)
                 grads = flash_backward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
             else:
-                grads = _plain_gradients(*tensors, None if dlse is None else _lse_rows(dlse, run, block), block, scale)
+                block_dlse = None if dlse is None else _lse_rows(dlse, run, block)
+                grads = _plain_gradients(*tensors, block_dlse, block, scale, softcap)
             _rows(dq, run, block).copy_(grads[0])
-            sums.add(grads[1:])
+            sums.add(block, grads[1:])
         sums.store(dk, dv)
     if factor != 1.0:
         dq *= factor
@@ -107,28 +126,29 @@ def varlen_attention_backward_cpu(
 class _KeyGradients:
     """dk and dv of a run: those of its one block, or the sum over its blocks in float32."""
 
-    def __init__(self, run: Run, is_single: bool):
-        self.run, self.is_single = run, is_single
+    def __init__(self, run: Run):
+        self.run = run
         self.totals: list[Tensor] = []
 
-    def add(self, grads: tuple[Tensor, Tensor]) -> None:
-        if self.is_single:
+    def add(self, block: Block, grads: tuple[Tensor, Tensor]) -> None:
+        num_keys = self.run.num_keys
+        if block.row_end - block.row == self.run.row_end - self.run.row and block.key_end - block.key == num_keys:
             self.totals = list(grads)
             return
         if not self.totals:
-            shapes = [(*grad.shape[:2], self.run.num_keys, grad.shape[3]) for grad in grads]
+            shapes = [(*grad.shape[:2], num_keys, grad.shape[3]) for grad in grads]
             self.totals = [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
         for total, grad in zip(self.totals, grads, strict=True):
-            total[:, :, : grad.shape[2]] += grad
+            total[:, :, block.key : block.key_end] += grad
 
     def store(self, dk: Tensor, dv: Tensor) -> None:
         run = self.run
         for target, total in zip((dk, dv), self.totals, strict=False):
             keys = _slice(target, run, run.key, run.key_end)
             if run.kept is None:
-                keys[:, :, : total.shape[2]].copy_(total)
+                keys.copy_(total)
             else:
-                keys[:, :, run.kept[: total.shape[2]]] = total.to(target.dtype)
+                keys[:, :, run.kept] = total.to(target.dtype)
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -155,8 +175,8 @@ def _rows(t: Tensor, run: Run, block: Block) -> Tensor:
 
 def _keys(t: Tensor, run: Run, block: Block) -> Tensor:
     if run.kept is None:
-        return _slice(t, run, run.key, run.key + block.key_end)
-    return _slice(t, run, run.key, run.key_end)[:, :, run.kept[: block.key_end]]
+        return _slice(t, run, run.key + block.key, run.key + block.key_end)
+    return _slice(t, run, run.key, run.key_end)[:, :, run.kept[block.key : block.key_end]]
 
 
 def _lse_rows(lse: Tensor, run: Run, block: Block) -> Tensor:
@@ -167,7 +187,7 @@ def _lse_rows(lse: Tensor, run: Run, block: Block) -> Tensor:
 def _runs(
     q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor, key_mask: Tensor | None
 ) -> Iterator[Run]:
-    """Sequences with rows and keys, ranges clamped into the tensors; equal neighbours in a padded batch as one."""
+    """Sequences with rows, ranges clamped into the tensors; equal neighbours in a padded batch as one."""
     is_packed = q.dim() == 3
     rows_q, rows_k = q.shape[-3], k.shape[-3]
     ranges = []
@@ -182,7 +202,7 @@ def _runs(
         end = seq + 1
         while not is_packed and key_mask is None and end < len(ranges) and ranges[end] == ranges[seq]:
             end += 1
-        if row < row_end and key < key_end:
+        if row < row_end:
             kept = None
             if key_mask is not None and not key_mask[seq, key:key_end].all():
                 kept = key_mask[seq, key:key_end].nonzero().squeeze(1)
@@ -190,31 +210,40 @@ def _runs(
         seq = end
 
 
-def _blocks(run: Run, is_causal: bool) -> Iterator[Block]:
+def _blocks(run: Run, left: int, right: int) -> Iterator[Block]:
     """Blocks of the rows that see a key."""
     len_q, len_k = run.row_end - run.row, run.key_end - run.key
     num_keys = run.num_keys
     if num_keys == 0:
         return
-    if not is_causal:
-        yield Block(0, len_q, num_keys, False, None)
-        return
     offset = len_k - len_q
-    if run.kept is None and offset <= 0:
-        yield Block(-offset, len_q, num_keys, True, None)
+    if left < 0 and right < 0:
+        yield Block(0, len_q, 0, num_keys, False, None)
         return
-    limit = torch.arange(offset + 1, len_k + 1)
+    if run.kept is None and left < 0 and right == 0 and offset <= 0:
+        yield Block(-offset, len_q, 0, num_keys, True, None)
+        return
+    position = torch.arange(offset, len_k)
+    low = (position - left if left >= 0 else torch.zeros_like(position)).clamp(0, len_k)
+    high = (position + right + 1 if right >= 0 else torch.full_like(position, len_k)).clamp(0, len_k)
     if run.kept is not None:
-        limit = torch.searchsorted(run.kept, limit)
-    first = int((limit <= 0).sum())
-    for row in range(first, len_q, ROW_BLOCK):
-        end = min(row + ROW_BLOCK, len_q)
-        fewest, most = int(limit[row]), int(limit[end - 1])
-        yield Block(row, end, most, False, limit[row:end] if fewest < most else None)
+        low, high = torch.searchsorted(run.kept, low), torch.searchsorted(run.kept, high)
+    for first, last in _stretches(low < high):
+        for row in range(first, last, ROW_BLOCK):
+            end = min(row + ROW_BLOCK, last)
+            key, key_end = int(low[row]), int(high[end - 1])
+            is_whole = int(low[end - 1]) == key and int(high[row]) == key_end
+            yield Block(row, end, key, key_end, False, None if is_whole else (low[row:end], high[row:end]))
 
 
-def _flash_attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    return flash_forward(q, k, v, 0.0, block.is_causal, attn_mask=_additive_mask(block, q.dtype), scale=scale)
+def _stretches(flags: Tensor) -> Iterator[tuple[int, int]]:
+    """(first, end) of each stretch of True."""
+    values, counts = torch.unique_consecutive(flags, return_counts=True)
+    end = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        end += count
+        if value:
+            yield end - count, end
 
 
 def _additive_mask(block: Block, dtype: torch.dtype) -> Tensor | None:
@@ -223,25 +252,32 @@ def _additive_mask(block: Block, dtype: torch.dtype) -> Tensor | None:
     return None if hidden is None else torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-def _plain_scores(q: Tensor, k: Tensor, block: Block, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of the block, a piece at a time: (rows, their queries grouped by key head, masked float32 scores)."""
+def _plain_scores(
+    q: Tensor, k: Tensor, block: Block, scale: float, softcap: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Rows of the block, a piece at a time: (rows, their queries grouped by key head, masked float32 scores, and of a
+    softcap the tanh)."""
     batch, heads, rows, dim = q.shape
     heads_kv, keys = k.shape[1], k.shape[2]
     piece = max(1, PLAIN_BLOCK_ELEMENTS // (batch * heads * keys))
     for row in range(0, rows, piece):
         part = slice(row, min(row + piece, rows))
         grouped = q[:, :, part].float().reshape(batch, heads_kv, -1, dim)
-        scores = (grouped @ k.transpose(-1, -2) * scale).view(batch, heads_kv, heads // heads_kv, -1, keys)
+        scores = grouped @ k.transpose(-1, -2) * scale
+        tanh = None
+        if softcap > 0.0:
+            tanh = torch.tanh(scores / softcap)
+            scores = softcap * tanh
         hidden = block.hidden(part.start, part.stop)
         if hidden is not None:
-            scores.masked_fill_(hidden, float("-inf"))
-        yield part, grouped, scores.view(batch, heads_kv, -1, keys)
+            scores.view(batch, heads, -1, keys).masked_fill_(hidden, float("-inf"))
+        yield part, grouped, scores, tanh
 
 
-def _plain_attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
+def _plain_attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     k, v = k.float(), v.float()
     outs, lses = [], []
-    for _, _, scores in _plain_scores(q, k, block, scale):
+    for _, _, scores, _ in _plain_scores(q, k, block, scale, softcap):
         lse = scores.logsumexp(-1, keepdim=True)
         outs.append((torch.exp(scores - lse) @ v).view(*q.shape[:2], -1, v.shape[-1]))
         lses.append(lse.view(*q.shape[:2], -1))
@@ -250,7 +286,7 @@ def _plain_attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -
 
 def _plain_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-    block: Block, scale: float,
+    block: Block, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dS = P * (dO V^T - delta) with delta = rowsum(dO * O) - dlse."""
     k, v = k.float(), v.float()
@@ -259,10 +295,12 @@ def _plain_gradients(
     if dlse is not None:
         delta = delta - dlse
     batch, heads_kv = k.shape[:2]
-    for part, grouped, scores in _plain_scores(q, k, block, scale):
+    for part, grouped, scores, tanh in _plain_scores(q, k, block, scale, softcap):
         p = torch.exp(scores - lse[:, :, part].reshape(batch, heads_kv, -1, 1))
         dout_part = dout[:, :, part].float().reshape(batch, heads_kv, -1, v.shape[-1])
         ds = p * (dout_part @ v.transpose(-1, -2) - delta[:, :, part].reshape(batch, heads_kv, -1, 1))
+        if tanh is not None:
+            ds *= 1.0 - tanh * tanh
         dv += p.transpose(-1, -2) @ dout_part
         dk += ds.transpose(-1, -2) @ grouped * scale
         dq[:, :, part] = (ds @ k * scale).view(*q.shape[:2], -1, q.shape[-1]).to(q.dtype)

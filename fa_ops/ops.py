@@ -36,6 +36,9 @@ else:
     from torch.library import wrap_triton
 
 
+SINKS = 14  # its place among the op's arguments
+
+
 def _varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -67,9 +70,10 @@ def _varlen_attention(
     start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
     length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    right = 0 if is_causal else window_right
     if q.device.type == "cpu" and not IS_INTERPRETED:
         out, lse = torch.ops.modelopt._varlen_attention_cpu(
-            q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, is_causal, scale
+            q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap, window_left, right
         )
         return out, lse, *outputs.empty_skip(q)
 
@@ -86,13 +90,15 @@ def _varlen_attention(
     tile = _tile("forward", q, v)
     with _device_of(q):
         wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
-            q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k, b_seq_len if key_mask is None else key_mask,
-            scale, num_seqs, rows_q, rows_k,
+            q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
+            b_seq_len if key_mask is None else key_mask, lse if sinks is None else sinks,
+            scale, softcap, window_left, right, num_seqs, rows_q, rows_k,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask),
             GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            IS_CAUSAL=is_causal, IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
+            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse, *outputs.empty_skip(q)
@@ -135,15 +141,21 @@ def _varlen_attention_backward(
     start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
     length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    right = 0 if is_causal else window_right
     if dout is None:
         dout = torch.zeros_like(out)
     elif dout.stride(-1) != 1:
         dout = dout.contiguous()
     if q.device.type == "cpu" and not IS_INTERPRETED:
         dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu(
-            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, is_causal, scale
-        )
-        return dq, dk, dv, outputs.empty_dsinks(q)
+            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap,
+            window_left, right,
+        )  # fmt: skip
+        delta = None
+        if sinks is not None:
+            delta = torch.einsum("...mhd,...mhd->...hm", out.float(), dout.float())
+            delta = delta if dlse is None else delta - dlse
+        return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     _require_triton(q)
     dq, dk, dv = outputs.empty_backward(q, k, v)
@@ -155,14 +167,14 @@ def _varlen_attention_backward(
         for grad in (dq, dk, dv):
             grad.zero_()
     if is_empty:
-        return dq, dk, dv, outputs.empty_dsinks(q)
+        return dq, dk, dv, _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
     delta = torch.empty_like(lse)
     index = (b_start_loc, b_seq_len, start_k, length_k, b_seq_len if key_mask is None else key_mask)
-    sizes = (scale, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v))
+    sizes = (scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v))
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
-        "IS_CAUSAL": is_causal, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
     }  # fmt: skip
     with _device_of(q):
         tile = _tile("dq", q, v)
@@ -178,7 +190,17 @@ def _varlen_attention_backward(
             *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_strides(dk), *_strides(dv), **constants,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return dq, dk, dv, outputs.empty_dsinks(q)
+    return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+
+
+def _sink_gradients(q: Tensor, sinks: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor:
+    """-sum over rows of exp(sink - lse) * delta; rows of no sequence have lse = -inf, and no delta."""
+    dsinks = outputs.empty_dsinks(q, sinks)
+    if sinks is None or delta is None:
+        return dsinks.zero_()
+    weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sinks.float()[:, None] - lse))
+    rows = torch.where(lse == float("-inf"), 0.0, weight * delta)
+    return dsinks.copy_(-rows.sum(-1) if rows.dim() == 2 else -rows.sum((0, -1)))
 
 
 def is_available() -> bool:
@@ -245,7 +267,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tenso
 def _fake_backward(dout, dlse, out, lse, block_bits, q: Tensor, k: Tensor, v: Tensor, *args):
     checks.check_attention(q, k, v, *args)
     checks.check_gradients(out, lse, dout, dlse)
-    return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q)
+    sinks = args[SINKS - 3] if len(args) > SINKS - 3 else None
+    return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q, sinks)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -262,8 +285,11 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     out, lse, block_bits, *tensors = ctx.saved_tensors
     tensors, scalars = iter(tensors), iter(ctx.scalars)
     args = [next(tensors if t else scalars) for t in ctx.is_tensor]
-    dq, dk, dv, _ = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
-    return dq, dk, dv, *(None,) * (len(args) - 3)
+    dq, dk, dv, dsinks = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
+    grads = [dq, dk, dv, *[None] * (len(args) - 3)]
+    if args[SINKS] is not None:
+        grads[SINKS] = dsinks
+    return tuple(grads)
 
 
 _library = torch.library.Library("modelopt", "FRAGMENT")
@@ -284,7 +310,7 @@ def _define_cpu_op(name: str, returns: str, schema: str, allocate: Callable, com
 
 _CPU_SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, "
-    "Tensor? key_mask, bool is_causal, float softmax_scale"
+    "Tensor? key_mask, Tensor? sinks, float softmax_scale, float softcap, int window_left, int window_right"
 )
 _define_cpu_op(
     "_varlen_attention_cpu", "Tensor, Tensor", _CPU_SCHEMA,

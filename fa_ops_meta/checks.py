@@ -79,12 +79,9 @@ def check_attention(
     ):
         if size < -1:
             raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
-        if size != -1:
-            raise NotImplementedError(f"{name}: {size} given; sliding windows are not implemented yet, pass -1")
-    if softcap != 0.0:
-        raise NotImplementedError(f"softcap: {softcap} given; logit softcapping is not implemented yet, pass 0.0")
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise ValueError(f"softcap: {softcap} given; it must be finite and positive, or 0.0 for none")
     for name, value, what in (
-        ("sinks", sinks, "attention sinks are"),
         ("block_table", block_table, "paged caches are"),
         ("skip_softmax_threshold", skip_softmax_threshold, "skip-softmax sparsity is"),
     ):
@@ -102,6 +99,8 @@ def check_attention(
     _check_key_side(q, k, b_start_loc, b_start_loc_k, b_seq_len_k, max_input_len_k)
     if key_mask is not None:
         _check_key_mask(k, key_mask)
+    if sinks is not None:
+        _check_sinks(q, sinks)
 
 
 def check_capability(major: int, minor: int, name: str) -> None:
@@ -244,3 +243,12 @@ def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:
         raise ValueError(f"key_mask: shape {_shape(key_mask)} given; expected (B, Sk) = {_shape(k[..., 0, 0])}")
     if key_mask.device != k.device:
         raise ValueError(f"key_mask: device {key_mask.device} given; expected k's, {k.device}")
+
+
+def _check_sinks(q: Tensor, sinks: Tensor) -> None:
+    if sinks.shape != q.shape[-2:-1]:
+        raise ValueError(f"sinks: shape {_shape(sinks)} given; expected (Hq,) = ({q.shape[-2]},)")
+    if sinks.dtype not in DTYPES:
+        raise TypeError(f"sinks: dtype {sinks.dtype} given; accepted are float16, bfloat16, float32")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: device {sinks.device} given; expected q's, {q.device}")

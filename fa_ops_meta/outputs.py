@@ -22,6 +22,6 @@ def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def empty_dsinks(q: Tensor) -> Tensor:
-    """dsinks, float32: no elements without sinks."""
-    return q.new_empty((0,), dtype=torch.float32)
+def empty_dsinks(q: Tensor, sinks: Tensor | None) -> Tensor:
+    """dsinks, like sinks; no elements, float32, without them."""
+    return q.new_empty((0,), dtype=torch.float32) if sinks is None else sinks.new_empty(sinks.shape)

@@ -4,6 +4,7 @@ With P = exp(S - lse), and delta = rowsum(dO * O) - dlse (which is how a gradien
 
     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
 
+A softcap multiplies dS by 1 - tanh^2. Sinks are in lse, and need nothing more for dQ, dK and dV.
 The dQ kernel runs first and leaves delta for the other. Rows that see no key (lse = -inf) take part in nothing.
 """
 
@@ -20,6 +21,7 @@ from fa_ops.kernels.primitives import (
     locate_tile,
     query_range,
     store_rows,
+    tanh,
     wrap_rows,
 )
 
@@ -32,10 +34,11 @@ def _lse_for_exp2(lse):
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-    stride_kt, stride_vt, stride_ms,
+    dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+    window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq + dS K over the keys [n0, n0 + BLOCK_N)."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -48,14 +51,20 @@ def _accumulate_dq(
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_SOFTCAP:
+        s = tanh(s * cap_scale)
     p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-    if MASKED:
-        visible = is_visible(offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, IS_CAUSAL)
-        if HAS_KEY_MASK:
-            visible = visible & is_key[None, :]
-        p = tl.where(visible, p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     ds = p * (dp - delta[:, None])
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - s * s)
+    if MASKED:
+        visible = is_visible(
+            offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        if HAS_KEY_MASK:
+            visible = visible & is_key[None, :]
+        ds = tl.where(visible, ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -63,13 +72,14 @@ def _accumulate_dq(
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, delta_ptr, dq_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
-    softmax_scale, num_seqs, rows_q, rows_k,
+    softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
     stride_dob, stride_dot, stride_doh, stride_dlb, stride_dlh, stride_dlt, stride_dqb, stride_dqt, stride_dqh,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
     seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
@@ -113,23 +123,36 @@ def attention_backward_dq_kernel(
 
     lse_log2 = _lse_for_exp2(lse)
     scale_log2 = softmax_scale * LOG2E
+    cap_scale = 1.0
+    if HAS_SOFTCAP:
+        cap_scale = softmax_scale / softcap
+        scale_log2 = softcap * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, end = key_range(m0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
-    if m0 >= len_q:
-        full, end = 0, 0
+    begin, full, full_end, end = key_range(
+        m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
     if HAS_KEY_MASK:
-        full = 0
-    for n0 in tl.range(0, full, BLOCK_N):
+        full_end = full
+    if m0 >= len_q:
+        begin, full, full_end, end = 0, 0, 0, 0
+    if HAS_LEFT:
+        for n0 in tl.range(begin, full, BLOCK_N):
+            dq = _accumulate_dq(
+                dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+            )  # fmt: skip
+    for n0 in tl.range(full, full_end, BLOCK_N):
         dq = _accumulate_dq(
             dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            IS_CAUSAL, HAS_KEY_MASK, False,
+            cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
         )  # fmt: skip
-    for n0 in tl.range(full, end, BLOCK_N):
+    for n0 in tl.range(full_end, end, BLOCK_N):
         dq = _accumulate_dq(
             dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            IS_CAUSAL, HAS_KEY_MASK, True,
+            cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
 
     dq = tl.where(sees_key[:, None], dq * softmax_scale, 0.0)
@@ -141,10 +164,11 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _accumulate_dkv(
-    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale_log2,
-    stride_qt, stride_dot,
+    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale_log2, cap_scale,
+    window_left, window_right, stride_qt, stride_dot,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """(dk + dS^T Q, dv + P^T dO) over the query rows [m0, m0 + BLOCK_M); all tiles have the keys as rows."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -153,19 +177,27 @@ def _accumulate_dkv(
     lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
     delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
     q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, True)
-    if IS_CAUSAL or HAS_KEY_MASK:
+    if MASKED:
         # a row that sees nothing may hold NaN in dout, and 0 * NaN is NaN
         is_row = lse != float("-inf")
     dout = load_rows(
         dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, True
     )
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    if HAS_SOFTCAP:
+        s = tanh(s * cap_scale)
     p = tl.exp2(s * scale_log2 - _lse_for_exp2(lse)[None, :])
-    if IS_CAUSAL:
-        p = tl.where(is_visible((m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, IS_CAUSAL), p, 0.0)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     ds = p * (dp - delta[None, :])
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - s * s)
+    if MASKED:
+        visible = is_visible(
+            (m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        p = tl.where(visible, p, 0.0)
+        ds = tl.where(visible, ds, 0.0)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -174,13 +206,14 @@ def _accumulate_dkv(
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
-    softmax_scale, num_seqs, rows_q, rows_k,
+    softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_lb, stride_lh, stride_mb, stride_ms, stride_dob, stride_dot, stride_doh,
     stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
     seq, index, _ = locate_tile(tl.program_id(0), b_seq_len_k_ptr, num_seqs, rows_k, BLOCK_N, IS_PACKED)
@@ -209,30 +242,46 @@ def attention_backward_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     scale_log2 = softmax_scale * LOG2E
-    begin, full = query_range(n0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
-    end = len_q
+    cap_scale = 1.0
+    if HAS_SOFTCAP:
+        cap_scale = softmax_scale / softcap
+        scale_log2 = softcap * LOG2E
+    begin, full, full_end, end = query_range(
+        n0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    if HAS_KEY_MASK:
+        full_end = full
     if n0 >= len_k:
-        end = 0
-    full = tl.minimum(full, end)
+        begin, full, full_end, end = 0, 0, 0, 0
     for member in range(GROUP_SIZE):
         head = head_kv * GROUP_SIZE + member
         q_head_ptr = q_ptr + batch * stride_qb + head * stride_qh
         dout_head_ptr = dout_ptr + batch * stride_dob + head * stride_doh
         lse_head_ptr = lse_ptr + batch * stride_lb + head * stride_lh
         delta_head_ptr = delta_ptr + batch * stride_lb + head * stride_lh
-        if IS_CAUSAL:
+        if HAS_RIGHT:
             for m0 in tl.range(begin, full, BLOCK_M):
                 dk, dv = _accumulate_dkv(
                     dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, stride_qt, stride_dot,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_KEY_MASK,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
                 )  # fmt: skip
-        for m0 in tl.range(tl.maximum(begin, full), end, BLOCK_M):
+        for m0 in tl.range(full, full_end, BLOCK_M):
             dk, dv = _accumulate_dkv(
                 dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, stride_qt, stride_dot,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_KEY_MASK,
+                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
             )  # fmt: skip
+        if HAS_LEFT or HAS_KEY_MASK:
+            for m0 in tl.range(full_end, end, BLOCK_M):
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above
     dk = tl.where(is_key[:, None], dk * softmax_scale, 0.0)

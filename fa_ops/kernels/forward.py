@@ -5,6 +5,7 @@ With scores S = scale * Q K^T, running maximum m and running sum l of a row over
     m' = max(m, rowmax(S)),  P = exp(S - m'),  l' = exp(m - m') l + rowsum(P),  acc' = exp(m - m') acc + P V,
 
 and at the end out = acc / l, lse = m + log(l). All exponentials are base 2: m and S are held in the log2 domain.
+A softcap replaces S by softcap * tanh(S / softcap); a sink is one more score of each row, and has no value.
 """
 
 import triton
@@ -20,16 +21,18 @@ from fa_ops.kernels.primitives import (
     load_rows,
     locate_tile,
     store_rows,
+    tanh,
     wrap_rows,
 )
 
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-    stride_kt, stride_vt, stride_ms,
+    acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+    window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys [n0, n0 + BLOCK_N)."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -42,8 +45,12 @@ def _attend(
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_SOFTCAP:
+        s = tanh(s * cap_scale)
     if MASKED:
-        visible = is_visible(offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, IS_CAUSAL)
+        visible = is_visible(
+            offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
         if HAS_KEY_MASK:
             visible = visible & is_key[None, :]
         s_log2 = tl.where(visible, s * scale_log2, float("-inf"))
@@ -64,13 +71,14 @@ def _attend(
 @triton.jit
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
-    softmax_scale, num_seqs, rows_q, rows_k,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, sinks_ptr,
+    softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
     seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
@@ -97,35 +105,57 @@ def attention_forward_kernel(
     is_row = offs_m < len_q
     q = load_own_rows(q_ptr, stride_qt, start_q + offs_m, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
     # rowmax(S) is taken before scaling, which needs a scale that is not negative
-    scale_log2 = softmax_scale * LOG2E
-    if scale_log2 < 0:
+    if softmax_scale < 0:
         q = -q
-        scale_log2 = -scale_log2
+        softmax_scale = -softmax_scale
+    scale_log2 = softmax_scale * LOG2E
+    cap_scale = 1.0
+    if HAS_SOFTCAP:
+        cap_scale = softmax_scale / softcap
+        scale_log2 = softcap * LOG2E
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    full, end = key_range(m0, len_q, len_k, BLOCK_M, BLOCK_N, IS_CAUSAL)
-    if m0 >= len_q:
-        full, end = 0, 0
+    begin, full, full_end, end = key_range(
+        m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
     if HAS_KEY_MASK:
-        full = 0
-    for n0 in tl.range(0, full, BLOCK_N):
+        full_end = full
+    if m0 >= len_q:
+        begin, full, full_end, end = 0, 0, 0, 0
+    if HAS_LEFT:
+        for n0 in tl.range(begin, full, BLOCK_N):
+            acc, l_i, m_i_log2 = _attend(
+                acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+                window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+            )  # fmt: skip
+    for n0 in tl.range(full, full_end, BLOCK_N):
         acc, l_i, m_i_log2 = _attend(
-            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            IS_CAUSAL, HAS_KEY_MASK, False,
+            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+            window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
         )  # fmt: skip
-    for n0 in tl.range(full, end, BLOCK_N):
+    for n0 in tl.range(full_end, end, BLOCK_N):
         acc, l_i, m_i_log2 = _attend(
-            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            IS_CAUSAL, HAS_KEY_MASK, True,
+            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+            window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
 
-    sees_none = (l_i == 0.0) | ~is_row
-    out = tl.where(sees_none[:, None], 0.0, acc / tl.where(sees_none, 1.0, l_i)[:, None])
-    lse = tl.where(sees_none, float("-inf"), (m_i_log2 + tl.log2(tl.where(sees_none, 1.0, l_i))) * LN2)
+    if HAS_SINKS:
+        # one more score, with no value
+        sink_log2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        m_new_log2 = tl.maximum(m_i_log2, sink_log2)
+        m_finite_log2 = tl.where(m_new_log2 == float("-inf"), 0.0, m_new_log2)
+        alpha = tl.exp2(m_i_log2 - m_finite_log2)
+        l_i = l_i * alpha + tl.exp2(sink_log2 - m_finite_log2)
+        acc = acc * alpha[:, None]
+        m_i_log2 = m_new_log2
+    is_empty = (l_i == 0.0) | ~is_row
+    out = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
+    lse = tl.where(is_empty, float("-inf"), (m_i_log2 + tl.log2(tl.where(is_empty, 1.0, l_i))) * LN2)
     row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
     if not IS_PACKED:
         is_row = offs_m < rows_q

@@ -1,8 +1,9 @@
 """What every kernel shares: where a tile lies, which keys a row sees, which blocks need a mask.
 
 Notation: a sequence has `len_q` query rows and `len_k` keys, both counted from its own first one; `m` runs over query
-rows, `n` over keys, `d` over the head dimension. With `offset = len_k - len_q` (bottom-right alignment) a causal row m
-sees the keys n <= m + offset.
+rows, `n` over keys, `d` over the head dimension. Row m stands at the key position m + len_k - len_q (bottom-right
+alignment) and sees the keys from window_left before it to window_right after it; causal attention is window_right = 0.
+A side without HAS_LEFT or HAS_RIGHT is unlimited.
 
 One addressing rule serves both layouts: a row lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
 where packed tensors have stride_b = 0.
@@ -68,38 +69,73 @@ def wrap_rows(start, offs, rows, IS_PACKED: tl.constexpr):
 
 
 @triton.jit
-def is_visible(offs_m, offs_n, len_q, len_k, IS_CAUSAL: tl.constexpr):
+def is_visible(
+    offs_m, offs_n, len_q, len_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
     """The masking rule; offs_m and offs_n broadcast against each other."""
     visible = offs_n < len_k
-    if IS_CAUSAL:
-        visible = visible & (offs_n <= offs_m + (len_k - len_q))
+    position = offs_m + (len_k - len_q)
+    if HAS_LEFT:
+        visible = visible & (offs_n >= position - window_left)
+    if HAS_RIGHT:
+        visible = visible & (offs_n <= position + window_right)
     return visible
 
 
 @triton.jit
-def key_range(m0, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
-    """Keys for the query rows from m0 on: blocks in [0, full) are seen whole by every row, those in [full, end) in
-    part, the rest by none. `full` is a multiple of BLOCK_N."""
+def key_range(
+    m0, len_q, len_k, window_left, window_right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Keys for the query rows from m0 on, as block starts (begin, full, full_end, end): the blocks in [full, full_end)
+    are seen whole by every row, those in [begin, full) and [full_end, end) in part, the rest by none."""
+    offset = len_k - len_q
+    begin = 0
+    full = 0
+    full_end = len_k
     end = len_k
-    full = len_k
-    if IS_CAUSAL:
-        offset = len_k - len_q
-        end = tl.maximum(tl.minimum(m0 + BLOCK_M, len_q) + offset, 0)
-        full = tl.maximum(tl.minimum(m0 + 1 + offset, len_k), 0)
-    return full // BLOCK_N * BLOCK_N, end
+    if HAS_LEFT:
+        begin = tl.maximum(m0 + offset - window_left, 0) // BLOCK_N * BLOCK_N
+        last = tl.minimum(m0 + BLOCK_M, len_q) - 1
+        full = tl.cdiv(tl.maximum(last + offset - window_left, 0), BLOCK_N) * BLOCK_N
+    if HAS_RIGHT:
+        full_end = tl.maximum(tl.minimum(m0 + offset + window_right + 1, len_k), 0)
+        end = tl.maximum(tl.minimum(tl.minimum(m0 + BLOCK_M, len_q) + offset + window_right, len_k), 0)
+    full = tl.minimum(full, end)
+    return begin, full, tl.maximum(full_end // BLOCK_N * BLOCK_N, full), end
 
 
 @triton.jit
-def query_range(n0, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
-    """Query rows for the keys from n0 on: blocks in [begin, full) see them in part, those in [full, len_q) whole.
-    Both are multiples of BLOCK_M."""
+def query_range(
+    n0, len_q, len_k, window_left, window_right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Query rows for the keys from n0 on: the counterpart of `key_range`. The last block of rows may be a partial one;
+    rows behind the sequence are masked as they are loaded."""
+    offset = len_k - len_q
     begin = 0
     full = 0
-    if IS_CAUSAL:
-        offset = len_k - len_q
-        begin = tl.maximum(n0 - offset, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(n0 + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
-    return begin, full
+    full_end = len_q
+    end = len_q
+    if HAS_RIGHT:
+        begin = tl.maximum(n0 - offset - window_right, 0) // BLOCK_M * BLOCK_M
+        last = tl.minimum(n0 + BLOCK_N, len_k) - 1
+        full = tl.cdiv(tl.maximum(last - offset - window_right, 0), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        full_end = tl.maximum(tl.minimum(n0 - offset + window_left + 1, len_q), 0) // BLOCK_M * BLOCK_M
+        end = tl.maximum(tl.minimum(tl.minimum(n0 + BLOCK_N, len_k) - offset + window_left, len_q), 0)
+    full = tl.minimum(full, end)
+    return begin, full, tl.maximum(full_end, full), end
+
+
+@triton.jit
+def tanh(x):
+    """Accurate to a few ulp; Triton has none of its own that the interpreter knows."""
+    square = x * x
+    series = x * (1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869488))))
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    value = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -value, value))
 
 
 @triton.jit
