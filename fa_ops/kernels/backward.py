@@ -103,23 +103,23 @@ def attention_backward_dq_kernel(
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
 
-    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_tile = tl.arange(0, BLOCK_M)
+    offs_m = m0 + offs_tile
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     is_row = offs_m < len_q
-    row = start_q + offs_m
-    lse_ptr += batch * stride_lb + head * stride_lh
-    lse = tl.load(lse_ptr + row, mask=is_row, other=float("-inf"))
+    first = start_q + m0
+    lse = tl.load(lse_ptr + batch * stride_lb + head * stride_lh + first + offs_tile, mask=is_row, other=float("-inf"))
     sees_key = lse != float("-inf")
-    q = load_own_rows(q_ptr, stride_qt, row, rows_q, offs_d, HEAD_DIM, BLOCK_D)
-    out = load_own_rows(out_ptr, stride_ot, row, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
-    dout = load_own_rows(dout_ptr, stride_dot, row, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
+    q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, offs_d, HEAD_DIM, BLOCK_D)
+    out = load_own_rows(out_ptr, stride_ot, first, offs_tile, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
+    dout = load_own_rows(dout_ptr, stride_dot, first, offs_tile, rows_q, offs_dv, HEAD_DIM_V, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if HAS_DLSE:
         dlse_ptr += batch * stride_dlb + head * stride_dlh
-        delta -= tl.load(dlse_ptr + row * stride_dlt, mask=sees_key, other=0.0)
+        delta -= tl.load(dlse_ptr + (first + offs_tile) * stride_dlt, mask=sees_key, other=0.0)
     delta = tl.where(sees_key, delta, 0.0)
-    tl.store(delta_ptr + batch * stride_lb + head * stride_lh + row, delta, mask=is_row)
+    tl.store(delta_ptr + batch * stride_lb + head * stride_lh + first + offs_tile, delta, mask=is_row)
 
     lse_log2 = _lse_for_exp2(lse)
     scale_log2 = softmax_scale * LOG2E
@@ -156,10 +156,11 @@ def attention_backward_dq_kernel(
         )  # fmt: skip
 
     dq = tl.where(sees_key[:, None], dq * softmax_scale, 0.0)
-    row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
+    offs_tile = wrap_rows(first, offs_tile, rows_q, IS_PACKED)
     if not IS_PACKED:
         is_row = offs_m < rows_q
-    store_rows(dq_ptr + batch * stride_dqb + head * stride_dqh, stride_dqt, row, offs_d, dq, is_row, HEAD_DIM)
+    dq_ptr += batch * stride_dqb + head * stride_dqh + first * stride_dqt
+    store_rows(dq_ptr, stride_dqt, offs_tile, offs_d, dq, is_row, HEAD_DIM)
 
 
 @triton.jit
@@ -228,7 +229,8 @@ def attention_backward_dkv_kernel(
 
     head_kv = tl.program_id(1).to(tl.int64)
     batch = seq.to(tl.int64)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_tile = tl.arange(0, BLOCK_N)
+    offs_n = n0 + offs_tile
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     is_key = offs_n < len_k
@@ -236,8 +238,9 @@ def attention_backward_dkv_kernel(
         is_key = tl.load(key_mask_ptr + batch * stride_mb + (start_k + offs_n) * stride_ms, mask=is_key, other=0) != 0
     k_ptr += batch * stride_kb + head_kv * stride_kh
     v_ptr += batch * stride_vb + head_kv * stride_vh
-    k = load_own_rows(k_ptr, stride_kt, start_k + offs_n, rows_k, offs_d, HEAD_DIM, BLOCK_D)
-    v = load_own_rows(v_ptr, stride_vt, start_k + offs_n, rows_k, offs_dv, HEAD_DIM_V, BLOCK_DV)
+    first = start_k + n0
+    k = load_own_rows(k_ptr, stride_kt, first, offs_tile, rows_k, offs_d, HEAD_DIM, BLOCK_D)
+    v = load_own_rows(v_ptr, stride_vt, first, offs_tile, rows_k, offs_dv, HEAD_DIM_V, BLOCK_DV)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -286,7 +289,9 @@ def attention_backward_dkv_kernel(
     # garbage only where no key is: each key is a row of its own in every product above
     dk = tl.where(is_key[:, None], dk * softmax_scale, 0.0)
     dv = tl.where(is_key[:, None], dv, 0.0)
-    row = wrap_rows(start_k, offs_n, rows_k, IS_PACKED)
+    offs_tile = wrap_rows(first, offs_tile, rows_k, IS_PACKED)
     is_row = is_key if IS_PACKED else offs_n < rows_k
-    store_rows(dk_ptr + batch * stride_dkb + head_kv * stride_dkh, stride_dkt, row, offs_d, dk, is_row, HEAD_DIM)
-    store_rows(dv_ptr + batch * stride_dvb + head_kv * stride_dvh, stride_dvt, row, offs_dv, dv, is_row, HEAD_DIM_V)
+    dk_ptr += batch * stride_dkb + head_kv * stride_dkh + first * stride_dkt
+    dv_ptr += batch * stride_dvb + head_kv * stride_dvh + first * stride_dvt
+    store_rows(dk_ptr, stride_dkt, offs_tile, offs_d, dk, is_row, HEAD_DIM)
+    store_rows(dv_ptr, stride_dvt, offs_tile, offs_dv, dv, is_row, HEAD_DIM_V)

@@ -101,9 +101,11 @@ def attention_forward_kernel(
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
 
-    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_tile = tl.arange(0, BLOCK_M)
+    offs_m = m0 + offs_tile
     is_row = offs_m < len_q
-    q = load_own_rows(q_ptr, stride_qt, start_q + offs_m, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
+    first = start_q + m0
+    q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
     # rowmax(S) is taken before scaling, which needs a scale that is not negative
     if softmax_scale < 0:
         q = -q
@@ -156,9 +158,9 @@ def attention_forward_kernel(
     is_empty = (l_i == 0.0) | ~is_row
     out = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
     lse = tl.where(is_empty, float("-inf"), (m_i_log2 + tl.log2(tl.where(is_empty, 1.0, l_i))) * LN2)
-    row = wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
+    offs_tile = wrap_rows(first, offs_tile, rows_q, IS_PACKED)
     if not IS_PACKED:
         is_row = offs_m < rows_q
-    offs_dv = tl.arange(0, BLOCK_DV)
-    store_rows(out_ptr + batch * stride_ob + head * stride_oh, stride_ot, row, offs_dv, out, is_row, HEAD_DIM_V)
-    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + row, lse, mask=is_row)
+    out_ptr += batch * stride_ob + head * stride_oh + first * stride_ot
+    store_rows(out_ptr, stride_ot, offs_tile, tl.arange(0, BLOCK_DV), out, is_row, HEAD_DIM_V)
+    tl.store(lse_ptr + batch * stride_lb + head * stride_lh + first + offs_tile, lse, mask=is_row)

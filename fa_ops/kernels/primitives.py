@@ -59,13 +59,13 @@ def locate_tile(tile, len_ptr, num_seqs, rows, BLOCK: tl.constexpr, IS_PACKED: t
 
 
 @triton.jit
-def wrap_rows(start, offs, rows, IS_PACKED: tl.constexpr):
-    """Rows of a tile in the tensor. Padded: rows past the sequence's end wrap to the padding, so that the tiles of
-    a batch row cover each of its `rows` rows once, padding included."""
-    row = start + offs
-    if not IS_PACKED:
-        row = tl.where(row >= rows, row - rows, row)
-    return row
+def wrap_rows(first, offs, rows, IS_PACKED: tl.constexpr):
+    """Offsets from the row `first` of a tile. Padded: rows past the batch row's end wrap to its begin, so that the tiles
+    of a sequence cover each of the `rows` rows once, padding included."""
+    if IS_PACKED:
+        return offs
+    else:
+        return tl.where(offs >= rows - first, offs - rows, offs)
 
 
 @triton.jit
@@ -157,14 +157,15 @@ def load_rows(
 
 
 @triton.jit
-def load_own_rows(base_ptr, stride_t, row, rows, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A (rows, BLOCK_D) tile whose rows nothing is summed over: what lies behind the sequence is loaded as it is, NaN
-    or not, and dropped at the end. A mask would cost registers."""
-    return load_rows(base_ptr, stride_t, tl.minimum(row, rows - 1), offs_d, row, HEAD_DIM, BLOCK_D, False)
+def load_own_rows(base_ptr, stride_t, first, offs, rows, offs_d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile whose rows nothing is summed over: what lies behind the sequence is loaded as it is, NaN or not, and
+    dropped at the end. A mask would cost registers."""
+    offs = tl.minimum(offs, (rows - 1 - first).to(tl.int32))
+    return load_rows(base_ptr + first * stride_t, stride_t, offs, offs_d, offs, HEAD_DIM, BLOCK_D, False)
 
 
 @triton.jit
-def store_rows(base_ptr, stride_t, rows, offs_d, tile, row_mask, HEAD_DIM: tl.constexpr):
+def store_rows(base_ptr, stride_t, offs, offs_d, tile, row_mask, HEAD_DIM: tl.constexpr):
     """Stores a (rows, BLOCK_D) tile where `row_mask` is true."""
-    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+    ptrs = base_ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
     tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])
