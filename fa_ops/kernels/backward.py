@@ -175,14 +175,18 @@ def _accumulate_dkv(
     offs_m = tl.arange(0, BLOCK_M)
     row = start_q + m0
     is_row = m0 + offs_m < len_q
-    lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
-    delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
-    q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, True)
+    if MASKED:
+        lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
+        delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + row + offs_m)
+        delta = tl.load(delta_ptr + row + offs_m)
+    q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, MASKED)
     if MASKED:
         # a row that sees nothing may hold NaN in dout, and 0 * NaN is NaN
         is_row = lse != float("-inf")
     dout = load_rows(
-        dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, True
+        dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, MASKED
     )
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     if HAS_SOFTCAP:
@@ -277,14 +281,13 @@ def attention_backward_dkv_kernel(
                 window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
             )  # fmt: skip
-        if HAS_LEFT or HAS_KEY_MASK:
-            for m0 in tl.range(full_end, end, BLOCK_M):
-                dk, dv = _accumulate_dkv(
-                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
-                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
-                )  # fmt: skip
+        for m0 in tl.range(full_end, end, BLOCK_M):
+            dk, dv = _accumulate_dkv(
+                dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+            )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above
     dk = tl.where(is_key[:, None], dk * softmax_scale, 0.0)

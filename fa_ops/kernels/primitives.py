@@ -110,8 +110,7 @@ def query_range(
     n0, len_q, len_k, window_left, window_right,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Query rows for the keys from n0 on: the counterpart of `key_range`. The last block of rows may be a partial one;
-    rows behind the sequence are masked as they are loaded."""
+    """Query rows for the keys from n0 on: the counterpart of `key_range`."""
     offset = len_k - len_q
     begin = 0
     full = 0
@@ -122,10 +121,10 @@ def query_range(
         last = tl.minimum(n0 + BLOCK_N, len_k) - 1
         full = tl.cdiv(tl.maximum(last - offset - window_right, 0), BLOCK_M) * BLOCK_M
     if HAS_LEFT:
-        full_end = tl.maximum(tl.minimum(n0 - offset + window_left + 1, len_q), 0) // BLOCK_M * BLOCK_M
+        full_end = tl.maximum(tl.minimum(n0 - offset + window_left + 1, len_q), 0)
         end = tl.maximum(tl.minimum(tl.minimum(n0 + BLOCK_N, len_k) - offset + window_left, len_q), 0)
     full = tl.minimum(full, end)
-    return begin, full, tl.maximum(full_end, full), end
+    return begin, full, tl.maximum(full_end // BLOCK_M * BLOCK_M, full), end
 
 
 @triton.jit
