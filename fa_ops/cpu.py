@@ -1,9 +1,10 @@
 """The CPU path: per sequence, PyTorch's flash attention for CPU, in memory linear in the length.
 
 Every case is brought to one form: after the keys that a hole hides are left out, row i sees the keys from `low[i]` to
-`high[i]`, and neither ever falls. Rows that see nothing are set apart. What remains is one call of flash attention where
-that knows the mask (none, or a causal square), and a call for each block of rows where it does not. Plain torch steps in
-for what flash attention on CPU cannot do: softcaps, value heads of another size than keys, and a gradient of lse.
+`high[i]`, and neither ever falls. Rows that see nothing are set apart. What remains is one call of flash attention
+where that knows the mask (none, or a causal square), and a call for each block of rows where it does not. Plain torch
+steps in for what flash attention on CPU cannot do: softcaps, value heads of another size than keys, and a gradient of
+lse.
 """
 
 from collections.abc import Iterator

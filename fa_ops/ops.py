@@ -174,7 +174,8 @@ def _varlen_attention_backward(
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0,
+        "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
     }  # fmt: skip
     with _device_of(q):
         tile = _tile("dq", q, v)

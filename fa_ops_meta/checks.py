@@ -86,7 +86,7 @@ def check_attention(
         ("skip_softmax_threshold", skip_softmax_threshold, "skip-softmax sparsity is"),
     ):
         if value is not None:
-            raise NotImplementedError(f"{name}: a {type(value).__name__} given; {what} not implemented yet, pass None")
+            raise NotImplementedError(f"{name}: a Tensor given; {what} not implemented yet, pass None")
     for name, size in (
         ("skip_softmax_block_q (skip_softmax_block[0])", skip_softmax_block_q),
         ("skip_softmax_block_k (skip_softmax_block[1])", skip_softmax_block_k),

@@ -13,13 +13,15 @@ import triton.language as tl
 
 from fa_ops.kernels.primitives import (
     LOG2E,
+    SCAN_BLOCK,
+    clamp_range,
     is_visible,
     key_range,
     load_own_rows,
-    load_range,
     load_rows,
-    locate_tile,
+    padded_tile,
     query_range,
+    scan_lengths,
     store_rows,
     tanh,
     wrap_rows,
@@ -82,11 +84,21 @@ def attention_backward_dq_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
-    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
+    tile = tl.program_id(0)
+    seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
+    if IS_PACKED:
+        seq, first, end, count = 0, 0, 0, 0
+        scanned = 0
+        while (scanned < num_seqs) & (end <= tile):
+            offs = scanned + tl.arange(0, SCAN_BLOCK)
+            length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
+            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_q, BLOCK_M)
+            scanned += SCAN_BLOCK
+        index = tile - first
     if seq >= num_seqs:
         return
-    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
-    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
+    start_k, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
     m0 = (count - 1 - index) * BLOCK_M
     if IS_PACKED:
         if m0 >= len_q:
@@ -221,11 +233,21 @@ def attention_backward_dkv_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
-    seq, index, _ = locate_tile(tl.program_id(0), b_seq_len_k_ptr, num_seqs, rows_k, BLOCK_N, IS_PACKED)
+    tile = tl.program_id(0)
+    seq, index, count = padded_tile(tile, rows_k, BLOCK_N)
+    if IS_PACKED:
+        seq, first, end, count = 0, 0, 0, 0
+        scanned = 0
+        while (scanned < num_seqs) & (end <= tile):
+            offs = scanned + tl.arange(0, SCAN_BLOCK)
+            length = tl.load(b_seq_len_k_ptr + offs, mask=offs < num_seqs, other=0)
+            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_k, BLOCK_N)
+            scanned += SCAN_BLOCK
+        index = tile - first
     if seq >= num_seqs:
         return
-    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
-    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
+    start_k, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
     n0 = index * BLOCK_N
     if IS_PACKED:
         if n0 >= len_k:

@@ -14,12 +14,14 @@ import triton.language as tl
 from fa_ops.kernels.primitives import (
     LN2,
     LOG2E,
+    SCAN_BLOCK,
+    clamp_range,
     is_visible,
     key_range,
     load_own_rows,
-    load_range,
     load_rows,
-    locate_tile,
+    padded_tile,
+    scan_lengths,
     store_rows,
     tanh,
     wrap_rows,
@@ -81,11 +83,21 @@ def attention_forward_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
-    seq, index, count = locate_tile(tl.program_id(0), b_seq_len_ptr, num_seqs, rows_q, BLOCK_M, IS_PACKED)
+    tile = tl.program_id(0)
+    seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
+    if IS_PACKED:
+        seq, first, end, count = 0, 0, 0, 0
+        scanned = 0
+        while (scanned < num_seqs) & (end <= tile):
+            offs = scanned + tl.arange(0, SCAN_BLOCK)
+            length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
+            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_q, BLOCK_M)
+            scanned += SCAN_BLOCK
+        index = tile - first
     if seq >= num_seqs:
         return
-    start_q, len_q = load_range(b_start_loc_ptr, b_seq_len_ptr, seq, rows_q)
-    start_k, len_k = load_range(b_start_loc_k_ptr, b_seq_len_k_ptr, seq, rows_k)
+    start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
+    start_k, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
     # the tiles that see the most keys first
     m0 = (count - 1 - index) * BLOCK_M
     if IS_PACKED:
@@ -129,8 +141,8 @@ def attention_forward_kernel(
     if HAS_LEFT:
         for n0 in tl.range(begin, full, BLOCK_N):
             acc, l_i, m_i_log2 = _attend(
-                acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
-                window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
                 BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
             )  # fmt: skip
     for n0 in tl.range(full, full_end, BLOCK_N):

@@ -5,6 +5,10 @@ rows, `n` over keys, `d` over the head dimension. Row m stands at the key positi
 alignment) and sees the keys from window_left before it to window_right after it; causal attention is window_right = 0.
 A side without HAS_LEFT or HAS_RIGHT is unlimited.
 
+torch.compile asks of a kernel what it stores to, and walks back from each address: through the calls of functions, into
+all their arguments, and up to loads. Where a load decides an address, it therefore stands in the kernel itself: inside a
+function called with the pointer, it would pass for a write to that tensor.
+
 One addressing rule serves both layouts: a row lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
 where packed tensors have stride_b = 0.
 """
@@ -18,50 +22,38 @@ SCAN_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def load_range(start_ptr, len_ptr, seq, rows):
-    """First row and length of a sequence, clamped into the tensor's `rows` rows: no value read here leads outside."""
-    start = tl.load(start_ptr + seq).to(tl.int64)
-    start = tl.minimum(tl.maximum(start, 0), rows)
-    length = tl.load(len_ptr + seq).to(tl.int64)
-    length = tl.minimum(tl.maximum(length, 0), rows - start)
+def clamp_range(start, length, rows):
+    """First row and length of a sequence inside the tensor's `rows` rows: no value read there leads outside."""
+    start = tl.minimum(tl.maximum(start.to(tl.int64), 0), rows)
+    length = tl.minimum(tl.maximum(length.to(tl.int64), 0), rows - start)
     return start, length.to(tl.int32)
 
 
 @triton.jit
-def locate_tile(tile, len_ptr, num_seqs, rows, BLOCK: tl.constexpr, IS_PACKED: tl.constexpr):
-    """Sequence of a tile, the tile's index in it, and the sequence's number of tiles.
+def padded_tile(tile, rows, BLOCK: tl.constexpr):
+    """Sequence of a tile, the tile's index in it, and the sequence's number of tiles: the same for every sequence."""
+    count = tl.cdiv(rows, BLOCK)
+    return tile // count, tile % count, count
 
-    Padded: every sequence has ceil(rows / BLOCK) tiles. Packed: the tiles of all sequences are numbered in a row, and
-    the sequence is found by a running sum of their numbers; past the last tile the sequence is >= num_seqs.
-    """
-    if IS_PACKED:
-        seq = 0
-        first = 0
-        end = 0
-        last_count = 0
-        chunk = 0
-        while (chunk < num_seqs) & (end <= tile):
-            offs = chunk + tl.arange(0, SCAN_BLOCK)
-            length = tl.load(len_ptr + offs, mask=offs < num_seqs, other=0).to(tl.int64)
-            length = tl.minimum(tl.maximum(length, 0), rows).to(tl.int32)
-            count = tl.cdiv(length, BLOCK)
-            ends = end + tl.cumsum(count, 0)
-            is_before = ends <= tile
-            seq += tl.sum(is_before.to(tl.int32), 0)
-            first = tl.maximum(first, tl.max(tl.where(is_before, ends, 0), 0))
-            last_count = tl.min(tl.where(is_before, 2147483647, ends), 0) - first
-            end = tl.max(ends, 0)
-            chunk += SCAN_BLOCK
-        return seq, tile - first, last_count
-    else:
-        count = tl.cdiv(rows, BLOCK)
-        return tile // count, tile % count, count
+
+@triton.jit
+def scan_lengths(length, tile, seq, first, end, rows, BLOCK: tl.constexpr):
+    """One step of the search for a packed tile, over the next SCAN_BLOCK lengths. The tiles of all sequences are numbered
+    in a row; carried along are the number of sequences before the tile, the first tile behind these, and the first
+    behind those scanned. Also returns the number of tiles of the sequence, if it is found here."""
+    length = tl.minimum(tl.maximum(length.to(tl.int64), 0), rows).to(tl.int32)
+    ends = end + tl.cumsum(tl.cdiv(length, BLOCK), 0)
+    is_before = ends <= tile
+    seq += tl.sum(is_before.to(tl.int32), 0)
+    first = tl.maximum(first, tl.max(tl.where(is_before, ends, 0), 0))
+    count = tl.min(tl.where(is_before, 2147483647, ends), 0) - first
+    return seq, first, tl.max(ends, 0), count
 
 
 @triton.jit
 def wrap_rows(first, offs, rows, IS_PACKED: tl.constexpr):
-    """Offsets from the row `first` of a tile. Padded: rows past the batch row's end wrap to its begin, so that the tiles
-    of a sequence cover each of the `rows` rows once, padding included."""
+    """Offsets from the row `first` of a tile. Padded: rows past the batch row's end wrap to its begin, so that the
+    tiles of a sequence cover each of the `rows` rows once, padding included."""
     if IS_PACKED:
         return offs
     else:
