@@ -142,8 +142,8 @@ def attention_forward_kernel(
         for n0 in tl.range(begin, full, BLOCK_N):
             acc, l_i, m_i_log2 = _attend(
                 acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+                BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
             )  # fmt: skip
     for n0 in tl.range(full, full_end, BLOCK_N):
         acc, l_i, m_i_log2 = _attend(

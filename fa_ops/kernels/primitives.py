@@ -5,9 +5,9 @@ rows, `n` over keys, `d` over the head dimension. Row m stands at the key positi
 alignment) and sees the keys from window_left before it to window_right after it; causal attention is window_right = 0.
 A side without HAS_LEFT or HAS_RIGHT is unlimited.
 
-torch.compile asks of a kernel what it stores to, and walks back from each address: through the calls of functions, into
-all their arguments, and up to loads. Where a load decides an address, it therefore stands in the kernel itself: inside a
-function called with the pointer, it would pass for a write to that tensor.
+torch.compile asks what a kernel stores to, and walks back from each address: up to loads, and through the calls of
+functions into all their arguments. Where a load decides an address, it therefore stands in the kernel itself: inside
+a function called with the pointer, it would pass for a write to that tensor.
 
 One addressing rule serves both layouts: a row lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
 where packed tensors have stride_b = 0.
@@ -38,9 +38,9 @@ def padded_tile(tile, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def scan_lengths(length, tile, seq, first, end, rows, BLOCK: tl.constexpr):
-    """One step of the search for a packed tile, over the next SCAN_BLOCK lengths. The tiles of all sequences are numbered
-    in a row; carried along are the number of sequences before the tile, the first tile behind these, and the first
-    behind those scanned. Also returns the number of tiles of the sequence, if it is found here."""
+    """One step of the search for a packed tile, over the next SCAN_BLOCK lengths. The tiles of all sequences are
+    numbered in a row; carried along are the number of sequences before the tile, the first tile behind these, and the
+    first behind those scanned. Also returns the number of tiles of the sequence, if it is found here."""
     length = tl.minimum(tl.maximum(length.to(tl.int64), 0), rows).to(tl.int32)
     ends = end + tl.cumsum(tl.cdiv(length, BLOCK), 0)
     is_before = ends <= tile
