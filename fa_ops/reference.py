@@ -21,9 +21,9 @@ def visible(
     len_q: int,
     len_k: int,
     is_causal: bool,
-    window_size: tuple[int, int],
     key_mask: Tensor | None,
     device: torch.device,
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """Which keys each query of one sequence sees: (len_q, len_k) bool.
 
@@ -101,7 +101,7 @@ def attention_reference(
         sequence_rows(q, b_start_loc, b_seq_len), sequence_rows(k, b_start_loc_k, b_seq_len_k), strict=True
     ):
         own_key_mask = None if key_mask_rows is None else key_mask_rows[rows_k]
-        mask = visible(len(rows_q), len(rows_k), is_causal, window_size, own_key_mask, q.device)
+        mask = visible(len(rows_q), len(rows_k), is_causal, own_key_mask, q.device, window_size)
         # Without the rows and keys that take no part, NaN in them reaches neither results nor gradients.
         sees, is_seen = mask.any(1) | (sinks is not None), mask.any(0)
         rows_q, rows_k = rows_q[sees], rows_k[is_seen]

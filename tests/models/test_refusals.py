@@ -1,0 +1,185 @@
+"""What the adapter does not support raises, and names itself."""
+
+import types
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+from transformers import T5Config, T5ForConditionalGeneration, masking_utils
+
+from fa_ops.integrations.huggingface import UNSUPPORTED_ARGUMENTS, triton_attention_forward
+from fa_ops.integrations.huggingface_mask import triton_attention_mask
+from tests.models.tiny import ATTENTION_NAME, DEVICE, batch_of, cache_of, tiny_model, twins
+
+PACKED_POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]], device=DEVICE)
+RESTART = "position_ids restart within a row"
+
+
+def call(attention_mask=None, module=None, **kwargs):
+    module = module or tiny_model("llama").model.layers[0].self_attn
+    query, key = torch.randn(2, 4, 5, 16, device=DEVICE), torch.randn(2, 2, 5, 16, device=DEVICE)
+    return triton_attention_forward(module, query, key, key, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_ARGUMENTS)
+def test_unsupported_argument(name):
+    with pytest.raises(NotImplementedError, match=rf"LlamaAttention of llama: {name} \(.*\) is not supported"):
+        call(**{name: torch.ones(1)})
+    call(**{name: None})
+
+
+def test_unknown_argument():
+    with pytest.raises(TypeError, match=r"LlamaAttention of llama: .* does not know the argument softcapping"):
+        call(softcapping=3.0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(2, 1, 5, 5),
+        torch.zeros(2, 1, 1, 5),
+        torch.ones(2, 1, 5, 5, dtype=torch.bool),
+        torch.ones(2, 4, 1, 5, dtype=torch.bool),
+        torch.ones(2, 1, 1, 4, dtype=torch.bool),
+        torch.ones(1, 1, 1, 5, dtype=torch.bool),
+        torch.ones(2, 5, dtype=torch.bool),
+    ],
+    ids=lambda mask: f"{str(mask.dtype)[6:]}-{tuple(mask.shape)}",
+)
+def test_masks_of_another_form(mask):
+    with pytest.raises(NotImplementedError, match=r"LlamaAttention of llama: attention_mask .* bool \(2, 1, 1, 5\)"):
+        call(mask.to(DEVICE))
+
+
+def test_masks_of_another_form_given_to_a_model():
+    model, batch = tiny_model("llama"), batch_of("none")
+    with pytest.raises(NotImplementedError, match=r"attention_mask float32 \(3, 1, 11, 11\) given"):
+        model(batch.ids, attention_mask=torch.zeros(3, 1, 11, 11, device=DEVICE))
+    with pytest.raises(NotImplementedError, match=r"attention_mask: bool \(3, 1, 11\) given"):
+        triton_attention_mask(
+            batch_size=3,
+            q_length=11,
+            kv_length=11,
+            mask_function=masking_utils.causal_mask_function,
+            attention_mask=torch.ones(3, 1, 11, dtype=torch.bool),
+        )
+
+
+def test_is_causal_is_never_guessed():
+    with pytest.raises(ValueError, match="Module of an unknown model: is_causal was not given"):
+        call(module=torch.nn.Module())
+    call(module=torch.nn.Module(), is_causal=True)
+
+
+def test_dropout_in_training():
+    model, batch = tiny_model("llama", attention_dropout=0.1), batch_of("none")
+    model(batch.ids)
+    with pytest.raises(
+        NotImplementedError, match=r"LlamaAttention of llama: dropout=0\.1 .* config\.attention_dropout"
+    ):
+        model.train()(batch.ids)
+
+
+def test_dropout_under_another_name_in_the_configuration():
+    module = torch.nn.Module().train()
+    module.config = types.SimpleNamespace(model_type="bert", attention_probs_dropout_prob=0.2)
+    with pytest.raises(NotImplementedError, match=r"Module of bert: .* config\.attention_probs_dropout_prob to 0"):
+        call(module=module, dropout=0.2, is_causal=False)
+
+
+def test_output_attentions():
+    with pytest.raises(NotImplementedError, match=r'output_attentions .*attn_implementation="eager"'):
+        tiny_model("llama")(batch_of("none").ids, output_attentions=True)
+
+
+def test_relative_position_bias():
+    config = T5Config(
+        vocab_size=97, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, attn_implementation=ATTENTION_NAME
+    )
+    model, ids = T5ForConditionalGeneration(config).to(DEVICE).eval(), batch_of("none").ids
+    with pytest.raises(NotImplementedError, match=r"T5Attention of t5: position_bias"):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+def test_windows_that_hide_keys():
+    model, batch = tiny_model("mistral", sliding_window=8), batch_of("none")
+    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*sliding_window=8"):
+        model(batch.ids)
+    with pytest.raises(NotImplementedError, match=r"LlamaAttention of llama: sliding_window=4 .* with 5 keys"):
+        call(sliding_window=4)
+    past = cache_of("dynamic", model)
+    model(batch.ids[:, :8], past_key_values=past)
+    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay"):
+        model(batch.ids[:, 8:10], past_key_values=past)
+
+
+def test_windows_with_room_for_every_key():
+    model, batch = tiny_model("mistral", sliding_window=11), batch_of("left")
+    eager = twins(model)[0]
+    logits, expected = (m(batch.ids, attention_mask=batch.mask).logits[batch.is_token] for m in (model, eager))
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "leaf"),
+    [
+        (masking_utils.chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)), "chunked_overlay"),
+        (masking_utils.sliding_window_bidirectional_mask_function(4), "sliding_window_bidirectional_overlay"),
+        (masking_utils.packed_sequence_mask_function(PACKED_POSITIONS), "packed_sequence_mask_function"),
+        (
+            masking_utils.or_masks(
+                masking_utils.causal_mask_function, masking_utils.sliding_window_bidirectional_overlay(2)
+            ),
+            r"causal_mask_function \| sliding_window_bidirectional_overlay",
+        ),
+        (masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k % 2 == 0), "<lambda>"),
+        (torch.nn.Identity(), r"Identity\(\)"),
+    ],
+    ids=["chunked", "bidirectional window", "packed", "union", "of the user", "no function"],
+)
+def test_leaves_of_the_mask_function(mask_function, leaf):
+    with pytest.raises(NotImplementedError, match=rf"mask_function: {leaf}"):
+        triton_attention_mask(batch_size=3, q_length=11, kv_length=11, mask_function=mask_function)
+
+
+def test_packed_sequences_without_a_cache():
+    with pytest.raises(NotImplementedError, match="packed_sequence_mask_function"):
+        tiny_model("llama")(batch_of("none").ids, position_ids=PACKED_POSITIONS, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("is_compiled", "use_cache", "message"),
+    [(False, True, RESTART), (True, True, RESTART), (True, False, "the mask is not plainly causal")],
+)
+def test_packed_sequences_stop_the_device(is_compiled, use_cache, message, fresh_compiler):
+    # On the CPU: a failed assertion ends the CUDA context of a process.
+    model, ids = tiny_model("llama", num_hidden_layers=1).cpu(), batch_of("none").ids.cpu()
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager") if is_compiled else model
+    forward(ids, position_ids=torch.arange(5, 16)[None], use_cache=use_cache)
+    with pytest.raises(RuntimeError, match=message):
+        forward(ids, position_ids=PACKED_POSITIONS.cpu(), use_cache=use_cache)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "leaf"), [("sliding", "sliding_window_overlay"), ("union", "or_masks"), ("of the user", "and_masks")]
+)
+def test_leaves_while_tracing(overlay, leaf, fresh_compiler):
+    def masked():
+        causal = masking_utils.causal_mask_function
+        mask_function = {
+            "sliding": masking_utils.sliding_window_causal_mask_function(4),
+            "union": masking_utils.or_masks(causal, masking_utils.bidirectional_mask_function),
+            "of the user": masking_utils.and_masks(causal, lambda b, h, q, k: k % 2 == 0),
+        }[overlay]
+        return triton_attention_mask(
+            batch_size=3,
+            q_length=11,
+            kv_length=11,
+            mask_function=mask_function,
+            attention_mask=torch.ones(3, 11, dtype=torch.bool),
+            local_size=4 if overlay == "sliding" else None,
+            use_vmap=overlay == "of the user",
+        )
+
+    with pytest.raises(Unsupported, match=f"NotImplementedError.*mask_function: {leaf}"):
+        torch.compile(masked, fullgraph=True, backend="eager")()
