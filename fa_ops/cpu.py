@@ -65,7 +65,7 @@ def varlen_attention_cpu(
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
     q, scale, _ = _with_positive_scale(q, scale)
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0
-    runs = list(_runs(q, k, start, length, start_k, length_k, key_mask))
+    runs = list(_runs(q, k, start, length, start_k, length_k, key_mask, is_flash))
     jobs = [(run, block) for run in runs for block in _blocks(run, left, right)]
     if sum(run.num_seqs * (block.row_end - block.row) for run, block in jobs) < lse.numel() // max(1, q.shape[-2]):
         out.zero_()
@@ -104,7 +104,7 @@ def varlen_attention_backward_cpu(
         grad.zero_()
     q, scale, factor = _with_positive_scale(q, scale)
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0 and dlse is None
-    for run in _runs(q, k, start, length, start_k, length_k, key_mask):
+    for run in _runs(q, k, start, length, start_k, length_k, key_mask, is_flash):
         sums = _KeyGradients(run)
         for block in _blocks(run, left, right):
             tensors = (
@@ -186,10 +186,13 @@ def _lse_rows(lse: Tensor, run: Run, block: Block) -> Tensor:
 
 
 def _runs(
-    q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor, key_mask: Tensor | None
-) -> Iterator[Run]:
-    """Sequences with rows, ranges clamped into the tensors; equal neighbours in a padded batch as one."""
+    q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor,
+    key_mask: Tensor | None, is_flash: bool,
+) -> Iterator[Run]:  # fmt: skip
+    """Sequences with rows, ranges clamped into the tensors; equal neighbours in a padded batch as one where flash
+    attention computes them, whose results do not depend on the size of a batch."""
     is_packed = q.dim() == 3
+    is_grouped = is_flash and not is_packed and key_mask is None
     rows_q, rows_k = q.shape[-3], k.shape[-3]
     ranges = []
     for first, count, first_k, count_k in zip(
@@ -201,7 +204,7 @@ def _runs(
     while seq < len(ranges):
         row, row_end, key, key_end = ranges[seq]
         end = seq + 1
-        while not is_packed and key_mask is None and end < len(ranges) and ranges[end] == ranges[seq]:
+        while is_grouped and end < len(ranges) and ranges[end] == ranges[seq]:
             end += 1
         if row < row_end:
             kept = None

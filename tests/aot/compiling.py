@@ -1,10 +1,8 @@
 """Compiles the kernels ahead of time, as the launcher would specialise them, and reads what came out. No GPU needed."""
 
-import functools
-import os
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 
 import triton
@@ -15,6 +13,9 @@ from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_bac
 from fa_ops.kernels.configs import Tile, block_dim
 from fa_ops.kernels.forward import attention_forward_kernel
 
+if triton.knobs.runtime.interpret:
+    raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; run these tests without it")
+
 KERNELS = {
     "forward": attention_forward_kernel,
     "dq": attention_backward_dq_kernel,
@@ -23,6 +24,8 @@ KERNELS = {
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
 FLOAT32_TENSORS = {"lse_ptr", "dlse_ptr", "delta_ptr"}
+# those of lse, its gradient and key_mask count rows, of which there may be any number
+ROW_COUNT_STRIDES = ("stride_l", "stride_dl", "stride_m")
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,14 @@ def _pointer_type(name: str, dtype: str) -> str:
 def compile_kernel(
     kernel: str, arch: str, tile: Tile, dtype: str, head_dim: int, *, group_size: int = 4, **flags: bool
 ) -> Report:
-    """Compiles `kernel` for strides and pointers that are multiples of 16, as those of ordinary tensors are."""
+    """Compiles `kernel` for pointers and strides of q, k, v and the like that are multiples of 16, as ordinary ones are."""
     fn = KERNELS[kernel]
     constants = {
         "GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
         "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(head_dim),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "IS_CAUSAL": True, "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, **flags,
+        "HAS_LEFT": False, "HAS_RIGHT": True, "HAS_SOFTCAP": False, "HAS_SINKS": False,
+        "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, name in enumerate(fn.arg_names):
@@ -62,44 +66,32 @@ def compile_kernel(
         elif name.endswith("_ptr"):
             signature[name] = _pointer_type(name, dtype)
             attrs[(index,)] = [["tt.divisibility", 16]]
-        elif name == "softmax_scale":
+        elif name in ("softmax_scale", "softcap"):
             signature[name] = "fp32"
         elif name in ("stride_ms", "stride_dlt"):
             signature[name] = "constexpr"
             constants[name] = 1
         else:
             signature[name] = "i32"
-            if name.startswith("stride"):
+            if name.startswith("stride") and not name.startswith(ROW_COUNT_STRIDES):
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, {k: v for k, v in constants.items() if k in signature}, attrs)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", CAPABILITY[arch], 32),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-    )
-    registers, spilled, warnings = _assemble(compiled.asm["ptx"], arch)
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile = True  # what comes from the cache leaves no log
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", CAPABILITY[arch], 32),
+            options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        )
+    registers, spilled, warnings = _parse_ptxas_log(log.getvalue())
     return Report(compiled.metadata.shared, registers, spilled, warnings, compiled.asm["ptx"])
 
 
-@functools.cache
-def _ptxas(arch: str) -> str:
-    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    newer = os.path.join(folder, "ptxas-blackwell")
-    return newer if CAPABILITY[arch] >= 100 and os.path.exists(newer) else os.path.join(folder, "ptxas")
-
-
-def _assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
-    target = re.search(r"\.target\s+(\w+)", ptx)
-    assert target is not None, "the PTX names no target"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        result = subprocess.run(
-            [_ptxas(arch), "-v", f"--gpu-name={target[1]}", file.name, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", result.stderr)
-    assert registers is not None, f"ptxas printed no register count: {result.stderr}"
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stderr)
-    warnings = tuple(sorted(set(re.findall(r"C75\d\d", result.stderr))))
-    return int(registers[1]), sum(map(int, spills)), warnings
+def _parse_ptxas_log(log: str) -> tuple[int, int, tuple[str, ...]]:
+    registers = re.findall(r"Used (\d+) registers", log)
+    assert len(registers) == 1, f"ptxas should report the registers of one function: {log}"
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    warnings = tuple(sorted(set(re.findall(r"C75\d\d", log))))
+    return int(registers[0]), sum(map(int, spills)), warnings
