@@ -67,8 +67,11 @@ def _varlen_attention(
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
-    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
-    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
+    # the kernels read them without strides
+    b_start_loc, b_seq_len = b_start_loc.contiguous(), b_seq_len.contiguous()
+    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
+    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
     if q.device.type == "cpu" and not IS_INTERPRETED:
@@ -138,8 +141,11 @@ def _varlen_attention_backward(
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
     checks.check_gradients(out, lse, dout, dlse)
-    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k
-    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k
+    # the kernels read them without strides
+    b_start_loc, b_seq_len = b_start_loc.contiguous(), b_seq_len.contiguous()
+    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
+    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
     if dout is None:

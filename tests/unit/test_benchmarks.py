@@ -1,0 +1,222 @@
+"""The benchmark's own arithmetic, and a smoke run of it on a tiny case."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+MODULES = ("cases", "timing", "peers", "memory", "environment", "report", "plot", "run", "tune_portable")
+CPU_IMPLS = ("fa_ops", "sdpa_sum", "sdpa_loop", "sdpa_padded")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmark's modules, importable only while the tests of this file run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        del sys.modules[name]
+
+
+def tiny_case(bench, is_causal=True, impls=CPU_IMPLS, lengths=(5, 33, 16), num_heads_kv=2):
+    return bench.cases.Case("tiny", "float32", 4, num_heads_kv, 16, lengths, is_causal, impls)
+
+
+def test_flops_match_a_count_by_hand(bench):
+    case = tiny_case(bench, is_causal=False, lengths=(2, 3))
+    forward = 2 * 2 * (2 * 2 + 3 * 3) * 16 * 4  # two products, a multiplication and an addition each
+    assert case.flops("forward") == forward
+    assert case.flops("backward") == 2.5 * forward
+    assert case.flops("forward_backward") == 3.5 * forward
+    assert tiny_case(bench, lengths=(2, 3)).flops("forward") == forward / 2
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_cuda_cases_fill_the_card_and_their_twins_exist(bench, quick):
+    cases = bench.cases.cuda_cases(quick)
+    names = [case.name for case in cases]
+    for case in cases:
+        assert case.impls[0] == "fa_ops"
+        assert set(case.impls) <= set(bench.peers.PEERS)
+        assert 16384 <= sum(case.lengths) <= 36864
+        if case.twin is not None:
+            twin = cases[names.index(case.twin)]
+            assert twin.is_fixed_length
+            assert twin.flops("forward") == pytest.approx(case.flops("forward"), rel=0.05)
+    assert {case.head_dim for case in cases} == {64, 128, 256}
+    assert any(case.twin for case in cases)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_cpu_implementation_computes_the_same(bench, is_causal, direction):
+    case = tiny_case(bench, is_causal)
+    data = bench.peers.make_data(case, "cpu")
+    prepared = {impl: bench.peers.PEERS[impl](case, data) for impl in CPU_IMPLS}
+    findings = bench.run.compare(prepared, direction, 1e-5)
+    assert findings.pop("fa_ops") == {}
+    assert [set(finding) for finding in findings.values()] == [{"difference"}] * 3
+
+
+def test_one_named_sdpa_backend_needs_equal_lengths(bench):
+    case = tiny_case(bench, lengths=(8, 8), impls=("fa_ops", "sdpa_flash"))
+    data = bench.peers.make_data(case, "cpu")
+    prepared = {impl: bench.peers.PEERS[impl](case, data) for impl in case.impls}
+    assert bench.run.compare(prepared, "backward", 1e-5)["sdpa_flash"]["difference"] <= 1e-5
+    ragged = tiny_case(bench)
+    with pytest.raises(ValueError, match=r"FLASH_ATTENTION needs sequences of equal length, got \(5, 33, 16\)"):
+        bench.peers.PEERS["sdpa_flash"](ragged, bench.peers.make_data(ragged, "cpu"))
+
+
+def test_a_peer_that_differs_and_one_that_raises_are_reported(bench):
+    case = tiny_case(bench, impls=("fa_ops", "torch_varlen"))  # varlen_attn has no CPU kernel
+    wrong = {"wrong": lambda case, data: bench.peers.packed_run(lambda q, k, v: 2 * q, data)}
+    rows = bench.run.bench_case(case, wrong, "cpu", bench.timing.CpuClock(), 1)
+    by_impl = {row["impl"]: row for row in rows if row["direction"] == "forward"}
+    assert "error" not in by_impl["fa_ops"]
+    assert "median_ms" not in by_impl["torch_varlen"]
+    assert by_impl["torch_varlen"]["error"]
+    assert by_impl["wrong"]["error"].startswith("differs from fa_ops by ")
+    assert by_impl["wrong"]["median_ms"] > 0
+
+
+def test_interleave_takes_turns_and_drops_the_first_round(bench):
+    class CountingClock(bench.timing.CpuClock):
+        """Every reading is one millisecond after the one before."""
+
+        now = 0
+
+        def start(self):
+            self.now += 1_000_000
+            return self.now
+
+        stop = start
+
+    turns = []
+    run = {name: SimpleNamespace(forward=lambda name=name: turns.append(name)) for name in "abc"}
+    samples = bench.timing.interleave(run, "forward", CountingClock(), 4, seconds=60)
+    assert samples == {name: [1.0] * 4 for name in "abc"}
+    rounds = [turns[start : start + 3] for start in range(0, 15, 3)]
+    assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * 5
+
+
+def test_ratio_is_our_speed_over_theirs(bench):
+    key = dict.fromkeys(bench.report.KEY, "x")
+    rows = [
+        key | {"impl": "fa_ops", "median_ms": 2.0, "min_ms": 1.0},
+        key | {"impl": "peer", "median_ms": 3.0, "min_ms": 0.5},
+        key | {"impl": "broken", "error": "raised"},
+    ]
+    bench.report.add_ratios(rows)
+    assert (rows[1]["ours_over_impl"], rows[1]["ours_over_impl_of_min"]) == (1.5, 0.5)
+    assert "ours_over_impl" not in rows[2]
+
+
+def test_a_missed_bar_is_printed_as_missed(bench):
+    row = {"device": "cpu", "impl": "sdpa_loop", "tflops": 1.0}
+    assert bench.report.bar_lines([row | {"ours_over_impl": 0.96}])[0].startswith("met")
+    assert bench.report.bar_lines([row | {"ours_over_impl": ratio} for ratio in (0.96, 0.94)])[0].startswith("MISSED")
+
+
+def test_memory_sees_a_known_allocation(bench):
+    """Padded SDPA turns its mask of 4096 x 4096 booleans into floats: 64 MiB."""
+    extra = bench.memory.measure_in_subprocess("sdpa_padded", "forward", 4096)
+    assert 64 <= extra < 96
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_smoke(bench, tmp_path, monkeypatch, capsys, has_matplotlib):
+    monkeypatch.setattr(bench.run, "cpu_cases", lambda quick: [tiny_case(bench)])
+    monkeypatch.setattr(bench.run, "measure_in_subprocess", lambda impl, direction, length: 1.0)
+    monkeypatch.setenv("FA_OPS_COMMIT", "abc123")
+    (tmp_path / "my_peer.py").write_text(
+        "from fa_ops import attention\n"
+        "def mine(q, k, v, cu_seqlens, max_seqlen, is_causal):\n"
+        "    return attention(q, k, v, cu_seqlens[:-1], cu_seqlens.diff(), max_seqlen, is_causal)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    if has_matplotlib:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--device", "cpu", "--rounds", "1", "--output", str(tmp_path), "--peer", "my_peer:mine"]
+    assert bench.run.main(arguments) == 0
+
+    with (tmp_path / "cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    timed = [row for row in rows if row["tflops"]]
+    assert [row["impl"] for row in timed] == [*CPU_IMPLS, "my_peer:mine"] * 2
+    assert {row["direction"] for row in timed} == {"forward", "forward_backward"}
+    assert all(float(row["median_ms"]) > 0 and float(row["ours_over_impl"]) > 0 for row in timed)
+    assert {(row["commit"], row["torch"]) for row in rows} == {("abc123", torch.__version__)}
+    assert sum(row["direction"] == "call_overhead" for row in rows) == 2
+    output = capsys.readouterr()
+    assert all(impl in output.out for impl in CPU_IMPLS)
+    assert "CPU call overhead" in output.out
+    assert (tmp_path / "cpu.png").exists() == has_matplotlib
+    assert ("no plot" in output.err) != has_matplotlib
+
+
+def test_a_time_limit_is_reported_in_every_row(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.run, "cpu_cases", lambda quick: [tiny_case(bench)])
+    monkeypatch.setattr(bench.run, "bench_memory", lambda rows, length: None)
+    assert bench.run.main(["--device", "cpu", "--time-limit", "-1", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("not run: the time limit") == 2 * len(CPU_IMPLS)
+
+
+def test_length_plot_has_a_panel_per_direction_and_head_dimension(bench, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = [
+        {"dtype": "bfloat16", "num_heads_q": 8, "num_heads_kv": 8, "head_dim": head_dim,
+         "lengths": f"{16384 // length} x {length}", "is_causal": is_causal, "direction": direction,
+         "impl": impl, "tflops": 100.0, "device": "cuda"}
+        for head_dim in (64, 128) for length in (512, 1024) for is_causal in (True, False)
+        for direction in ("forward", "backward") for impl in ("fa_ops", "sdpa_cudnn")
+    ]  # fmt: skip
+    figure = bench.plot.length_panels(rows, pyplot)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 8
+    assert titles[0] == "forward, D 64, causal"
+    pyplot.close(figure)
+    bench.plot.write_plot(rows, tmp_path / "card.png", "a card")
+    assert (tmp_path / "card.png").stat().st_size > 10_000
+
+
+def test_tuning_puts_a_tile_in_the_table_and_takes_it_out_again(bench):
+    configs = importlib.import_module("fa_ops.kernels.configs")
+    tile, before = configs.Tile(32, 16, 2, 5), configs.select_tile("dq", "sm_90", 128, 128, False)
+    with bench.tune_portable.table_row("dq", "sm_90", 128, tile):
+        assert configs.select_tile("dq", "sm_90", 128, 128, False) == tile
+        assert configs.select_tile("dq", "sm_90", 64, 64, False) != tile
+    assert configs.select_tile("dq", "sm_90", 128, 128, False) == before
+
+
+def test_tuning_times_the_named_kernel_alone(bench, monkeypatch):
+    ops, launched = importlib.import_module("fa_ops.ops"), []
+
+    class Kernel:
+        def __init__(self, name):
+            self.__name__ = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((self.__name__, grid, args, kwargs))
+
+    monkeypatch.setattr(ops, "wrap_triton", lambda kernel: kernel, raising=False)
+    with bench.tune_portable.timed_launches("wanted", bench.timing.CpuClock()) as marks:
+        ops.wrap_triton(Kernel("wanted"))[2, 1](5, BLOCK_M=16)
+        ops.wrap_triton(Kernel("other"))[3,](6)
+    assert launched == [("wanted", (2, 1), (5,), {"BLOCK_M": 16}), ("other", (3,), (6,), {})]
+    assert len(marks) == 1
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_tuning_tries_fewer_tiles_where_heads_are_wider(bench, kernel):
+    shared_memory = importlib.import_module("fa_ops.kernels.configs").SHARED_MEMORY["sm_90"]
+    counts = [len(bench.tune_portable.candidates(kernel, head_dim, shared_memory)) for head_dim in (64, 128, 256)]
+    assert counts[0] > counts[1] > counts[2] > 0
