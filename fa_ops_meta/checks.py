@@ -125,7 +125,7 @@ def check_gradients(out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor 
 
 
 def _shape(t: Tensor) -> str:
-    return f"({', '.join(str(s) for s in t.shape)})"
+    return str(tuple(t.shape))
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
