@@ -1,0 +1,79 @@
+"""What the op is for AOTAutograd on CUDA, traced without a GPU: kernels that write their outputs and nothing else.
+
+torch reads from a kernel's unoptimised code what it writes, and follows the arguments of every helper whose result an
+address depends on. A kernel that seems to write one of its inputs makes compiled programs clone it, copy it back into
+the caller's tensor, and give up CUDA graphs.
+"""
+
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+from fa_ops import ops
+from tests.support.problems import op_arguments, small_case
+
+CASES = {
+    "packed": small_case(dtype=torch.bfloat16, lens_k=(6, 9), has_dlse=True),
+    "padded": small_case(dtype=torch.bfloat16, is_padded=True, lens_k=(6, 9), key_mask="random", memory="head_major"),
+    "window_softcap": small_case(dtype=torch.bfloat16, window_size=(3, 1), is_causal=False, softcap=2.0, has_dlse=True),
+}
+# without its backward, where sinks take indexing that a CPU build of torch refuses for fake CUDA tensors
+FORWARD_CASES = CASES | {"sinks": small_case(dtype=torch.bfloat16, has_sinks=True)}
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def an_imagined_gpu(request, monkeypatch):
+    """A compilation target, but no device."""
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", int(request.param.removeprefix("sm_")), 32)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(ops, "_architecture", lambda device: request.param)
+    monkeypatch.setattr(ops, "_device_of", lambda t: nullcontext())
+
+
+def launches(body, arguments: tuple) -> list[torch.fx.Node]:
+    """The kernel launches in the functional trace of an op's body on fake CUDA tensors."""
+    with FakeTensorMode():
+        on_cuda = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") if isinstance(t, torch.Tensor) else t
+            for t in arguments
+        ]
+        tensors = [t for t in on_cuda if isinstance(t, torch.Tensor)]
+
+        def call(*tensors):
+            given = iter(tensors)
+            return body(*(next(given) if isinstance(t, torch.Tensor) else t for t in on_cuda))
+
+        graph = make_fx(dispatch_functionalize(call))(*tensors).graph
+    is_launch = torch.ops.higher_order.triton_kernel_wrapper_functional
+    return [node for node in graph.nodes if node.target is is_launch]
+
+
+@pytest.mark.parametrize("case", FORWARD_CASES.values(), ids=FORWARD_CASES.keys())
+def test_forward_writes_its_outputs_only(case, an_imagined_gpu):
+    (launch,) = launches(ops._varlen_attention, op_arguments(case.build()))
+    assert launch.kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr"]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_backward_writes_its_outputs_only(case, an_imagined_gpu):
+    inputs = case.build()
+    arguments = op_arguments(inputs)
+    out, lse, block_bits, _ = torch.ops.modelopt.varlen_attention(*arguments)
+    dq, dkv = launches(ops._varlen_attention_backward, (inputs.dout, inputs.dlse, out, lse, block_bits, *arguments))
+    assert dq.kwargs["tensors_to_clone"] == ["delta_ptr", "dq_ptr"]
+    assert dkv.kwargs["tensors_to_clone"] == ["dk_ptr", "dv_ptr"]
+
+
+def test_arguments_of_the_kernels_are_not_copied(an_imagined_gpu):
+    """A head-major cache goes to the kernel as it is: the launch is given the op's own arguments."""
+    inputs = small_case(dtype=torch.bfloat16, is_padded=True, memory="head_major").build()
+    (launch,) = launches(ops._varlen_attention, op_arguments(inputs))
+    assert all(launch.kwargs["kwargs"][name].op == "placeholder" for name in ("q_ptr", "k_ptr", "v_ptr"))
