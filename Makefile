@@ -5,6 +5,7 @@ SHELL := bash
 
 PYTHON ?= python3
 WORKERS ?= 2
+GPU_WORKERS ?= 8
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -43,7 +44,7 @@ test-oldest: $(OLDEST)/.installed  ## kernels under the oldest Triton: compiled 
 
 test-gpu:  ## the GPU suite, on an NVIDIA GPU
 	@$(FRESH_CACHES) && \
-	PYTHONPATH="$(CURDIR)" $(PYTHON) -m pytest tests/gpu tests/models
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal tests/gpu tests/models
 
 bench:  ## speed against the alternatives on whatever device is there
 	PYTHONPATH="$(CURDIR)" $(PYTHON) examples/benchmarks/run.py

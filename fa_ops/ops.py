@@ -5,6 +5,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch._library.triton
 from torch import Tensor
 
 from fa_ops import cpu
-from fa_ops_meta import checks, outputs
+from fa_ops_meta import checks, flops, outputs
 
 try:
     import triton
@@ -108,7 +109,7 @@ def _varlen_attention(
 
 
 def _varlen_attention_backward(
-    dout: Tensor | None,
+    dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -148,9 +149,7 @@ def _varlen_attention_backward(
     sinks = None if sinks is None else sinks.contiguous()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif dout.stride(-1) != 1:
+    if dout.stride(-1) != 1:
         dout = dout.contiguous()
     if q.device.type == "cpu" and not IS_INTERPRETED:
         dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu(
@@ -266,12 +265,23 @@ def _device_of(t: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(t)
 
 
+def _register_sharding_rules() -> None:
+    """DTensor takes longer to import than all of ours, so its rules wait until somebody else has imported it. DTensor
+    asks the fakes what the outputs look like before it looks for a rule."""
+    if "torch.distributed.tensor" in sys.modules:
+        from fa_ops_meta import sharding
+
+        sharding.register_sharding_rules()
+
+
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _register_sharding_rules()
     checks.check_attention(q, k, v, *args)
     return *outputs.empty_forward(q, v), *outputs.empty_skip(q)
 
 
 def _fake_backward(dout, dlse, out, lse, block_bits, q: Tensor, k: Tensor, v: Tensor, *args):
+    _register_sharding_rules()
     checks.check_attention(q, k, v, *args)
     checks.check_gradients(out, lse, dout, dlse)
     sinks = args[SINKS - 3] if len(args) > SINKS - 3 else None
@@ -292,6 +302,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     out, lse, block_bits, *tensors = ctx.saved_tensors
     tensors, scalars = iter(tensors), iter(ctx.scalars)
     args = [next(tensors if t else scalars) for t in ctx.is_tensor]
+    dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dsinks = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
     grads = [dq, dk, dv, *[None] * (len(args) - 3)]
     if args[SINKS] is not None:
@@ -355,3 +366,5 @@ if HAS_TRITON and not IS_INTERPRETED:
         "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip
+
+flops.register_flop_formulas()

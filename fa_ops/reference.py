@@ -167,16 +167,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Te
 
 
 def _attend_reordered(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """`_attend` with the scale folded into q, base 2, every sum from its other end, and v taken in two halves."""
-    q, k, v = q.flip(0, 2).unflatten(1, (k.shape[1], -1)), k.flip(0, 2), v.flip(0)
-    s = scores.finish(torch.einsum("qhgd,khd->qhgk", q * scores.scale, k), scores.mask.flip(0, 1))
-    s_log2 = s / math.log(2)
-    lse = (s_log2 * math.log(2)).logsumexp(-1)
-    p = torch.exp2(s_log2 - lse.detach()[..., None] / math.log(2))
+    """`_attend` in the order of flash attention, where p comes from scores computed anew: base 2, the scale folded into
+    q, every sum from its other end, and v taken in two halves."""
+    q, k, v = q.flip(0).unflatten(1, (k.shape[1], -1)), k.flip(0), v.flip(0)
+    mask = scores.mask.flip(0, 1)
+    lse = scores.finish(torch.einsum("qhgd,khd->qhgk", q * scores.scale, k), mask).logsumexp(-1)
+    s = scores.finish(torch.einsum("qhgd,khd->qhgk", q.flip(-1) * scores.scale, k.flip(-1)), mask)
+    p = torch.exp2((s - lse.detach()[..., None]) / math.log(2))
     sum_p = p.sum(-1, keepdim=True)
     out = torch.cat([torch.einsum("qhgk,khd->qhgd", p[..., : len(k)], half) for half in v.chunk(2, -1)], -1)
-    # p is normalised but for its rounding: 1 in value, the divisor is there for its gradient
-    out = out / (sum_p / sum_p.detach())
+    # the value is normalised by its own p's, the gradient takes p as it is
+    out = out / (sum_p / sum_p.detach()) - (out - out / sum_p).detach()
     return out.flatten(1, 2).flip(0), lse.flatten(1, 2).flip(0)
 
 

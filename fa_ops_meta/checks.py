@@ -111,7 +111,7 @@ def check_capability(major: int, minor: int, name: str) -> None:
         )
 
 
-def check_gradients(out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None) -> None:
+def check_gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> None:
     """What the backward op checks beyond the forward's arguments: `dout` is like `out`, `dlse` like `lse`."""
     for name, grad, like in (("dout", dout, out), ("dlse", dlse, lse)):
         if grad is None:

@@ -50,7 +50,7 @@ def _pointer_type(name: str, dtype: str) -> str:
 def compile_kernel(
     kernel: str, arch: str, tile: Tile, dtype: str, head_dim: int, *, group_size: int = 4, **flags: bool
 ) -> Report:
-    """Compiles `kernel` for pointers and strides of q, k, v and the like that are multiples of 16, as ordinary ones are."""
+    """Compiles `kernel` for pointers, and strides but those that count rows, that are multiples of 16, as usual."""
     fn = KERNELS[kernel]
     constants = {
         "GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,

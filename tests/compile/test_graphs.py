@@ -74,7 +74,7 @@ def test_schema_of_the_backward():
     assert_expected_inline(
         schema(OPS.varlen_attention_backward.default),
         """\
-modelopt::varlen_attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor block_bits,
+modelopt::varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor block_bits,
     Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, SymInt? max_input_len=None, bool
     is_causal=True, float? softmax_scale=None, Tensor? b_start_loc_k=None, Tensor? b_seq_len_k=None, SymInt?
     max_input_len_k=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0., Tensor? sinks=None,

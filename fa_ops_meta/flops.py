@@ -1,0 +1,137 @@
+"""FLOP formulas of the ops, for `torch.utils.flop_counter.FlopCounterMode`.
+
+PyTorch's convention: 2 FLOPs for a multiply-add, matrix products alone. Each pair of a query and a key that attends
+takes two products of the heads' vectors in the forward (scores, out) and five in the backward (scores again, dP, dQ, dK
+and dV), whatever a kernel recomputes beyond that. Pairs are counted exactly from the lengths, which reads them from the
+device; the holes of a key_mask count as keys. Where lengths have no values to read (meta tensors, and subclasses: fake,
+functional, DTensor) the count is an upper bound from shapes: every row of a padded batch, or one sequence that holds
+all packed rows. (It bounds key ranges that do not overlap.)
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+
+def attention_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    *args,
+    **kwargs,
+) -> int:
+    """FLOPs of `modelopt::varlen_attention`. Takes the op's arguments."""
+    pairs = _count_all_pairs(
+        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, is_causal, window_left, window_right
+    )
+    return 2 * pairs * (q.shape[-1] + v.shape[-1])
+
+
+def attention_backward_flops(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block_bits: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None = None,
+    is_causal: bool = True,
+    softmax_scale: float | None = None,
+    b_start_loc_k: Tensor | None = None,
+    b_seq_len_k: Tensor | None = None,
+    max_input_len_k: int | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    *args,
+    **kwargs,
+) -> int:
+    """FLOPs of `modelopt::varlen_attention_backward`. Takes the op's arguments."""
+    pairs = _count_all_pairs(
+        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, is_causal, window_left, window_right
+    )
+    return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
+def count_pairs(len_q: int, len_k: int, is_causal: bool, window_left: int = -1, window_right: int = -1) -> int:
+    """Pairs (i, j) of a query and a key of one sequence with j visible to i: -window_left <= j - (i + len_k - len_q) <=
+    window_right, where -1 is unlimited and causal means a window_right of 0."""
+    offset = len_k - len_q
+    if is_causal:
+        window_right = 0
+    pairs = len_q * len_k
+    if window_right != -1:
+        pairs = _sum_clamped(offset + window_right + 1, len_q, len_k)
+    if window_left != -1:
+        pairs -= _sum_clamped(offset - window_left, len_q, len_k)
+    return pairs
+
+
+def register_flop_formulas() -> None:
+    """Makes the formulas known to `FlopCounterMode`. The ops must be defined; registering twice is an error."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    logger.disabled = True  # importing it warns where Triton is missing
+    from torch.utils.flop_counter import register_flop_formula
+
+    logger.disabled = False
+    register_flop_formula(torch.ops.modelopt.varlen_attention, get_raw=True)(attention_flops)
+    register_flop_formula(torch.ops.modelopt.varlen_attention_backward, get_raw=True)(attention_backward_flops)
+
+
+def _sum_clamped(first: int, count: int, most: int) -> int:
+    """Sum of min(max(x, 0), most) over the integers x in [first, first + count)."""
+
+    def sum_to(end: int) -> int:
+        end = max(end, 0)
+        ramp = min(end, most)
+        return ramp * (ramp - 1) // 2 + (end - ramp) * most
+
+    return sum_to(first + count) - sum_to(first)
+
+
+def _count_all_pairs(
+    q: Tensor,
+    k: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor | None,
+    b_seq_len_k: Tensor | None,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+) -> int:
+    """Pairs of all query heads and sequences."""
+    lengths = _read_lengths(b_start_loc, b_seq_len, q.shape[-3])
+    if b_start_loc_k is None or b_seq_len_k is None:
+        b_start_loc_k, b_seq_len_k = b_start_loc, b_seq_len
+    lengths_k = _read_lengths(b_start_loc_k, b_seq_len_k, k.shape[-3])
+    if lengths is None or lengths_k is None:
+        num_seqs = 1 if q.dim() == 3 else q.shape[0]
+        lengths, lengths_k = [q.shape[-3]] * num_seqs, [k.shape[-3]] * num_seqs
+    heads = q.shape[-2]
+    return heads * sum(
+        count_pairs(len_q, len_k, is_causal, window_left, window_right)
+        for len_q, len_k in zip(lengths, lengths_k, strict=True)
+    )
+
+
+def _read_lengths(start: Tensor, length: Tensor, rows: int) -> list[int] | None:
+    """Lengths of the ranges clamped into `rows` rows, as the ops clamp them; None where they have no values."""
+    if length.is_meta or type(length) is not Tensor:
+        return None
+    firsts = (min(max(first, 0), rows) for first in start.tolist())
+    return [min(max(count, 0), rows - first) for first, count in zip(firsts, length.tolist(), strict=True)]

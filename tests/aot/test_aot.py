@@ -1,0 +1,92 @@
+"""Every row of the tile table, compiled for its architecture: it fits into shared memory, and 16-bit forwards spill
+nothing and use the architecture's matrix instruction."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fa_ops.kernels.configs import ARCHITECTURES, HEAD_DIM_ROWS, SHARED_MEMORY, TILES, Tile, select_tile
+from tests.aot.compiling import MATRIX_INSTRUCTION, Report, compile_kernel
+
+KERNELS = ("forward", "dq", "dkv")
+LEAST_SHARED_MEMORY = min(SHARED_MEMORY, key=SHARED_MEMORY.__getitem__)
+ALL_FEATURES = dict.fromkeys(("HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_SINKS", "HAS_KEY_MASK", "HAS_DLSE"), True)
+
+
+def check(kernel: str, arch: str, tile: Tile, dtype: str, head_dim: int, **flags: bool) -> None:
+    """Compiles and raises AssertionError with all that is wrong."""
+    report = compile_kernel(kernel, arch, tile, dtype, head_dim, **flags)
+    faults = find_faults(kernel, arch, dtype, report)
+    assert not faults, (
+        f"{kernel} {arch} {dtype} D {head_dim} {tile}: {'; '.join(faults)} (shared memory {report.shared} bytes, "
+        f"{report.registers} registers, {report.spilled} bytes spilled, ptxas warnings {report.warnings})"
+    )
+
+
+def find_faults(kernel: str, arch: str, dtype: str, report: Report) -> list[str]:
+    faults = []
+    if report.shared > SHARED_MEMORY[arch]:
+        faults.append(f"more shared memory than {SHARED_MEMORY[arch]} bytes")
+    if kernel == "forward" and dtype != "fp32":
+        if report.spilled:
+            faults.append("registers spilled")
+        if MATRIX_INSTRUCTION[arch] not in report.ptx:
+            faults.append(f"no {MATRIX_INSTRUCTION[arch]}")
+    return faults
+
+
+def rows() -> list:
+    """float32 takes seconds for each, so `make test` has it for the smallest shared memory alone."""
+    return [
+        pytest.param(
+            kernel, arch, dtype, head_dim, id=f"{kernel}-{dtype}-{arch}-{head_dim}",
+            marks=pytest.mark.slow if dtype == "fp32" and arch != LEAST_SHARED_MEMORY else (),
+        )
+        for kernel in KERNELS for dtype in ("bf16", "fp32") for arch in ARCHITECTURES for head_dim in HEAD_DIM_ROWS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "arch", "dtype", "head_dim"), rows())
+def test_row(kernel: str, arch: str, dtype: str, head_dim: int):
+    check(kernel, arch, select_tile(kernel, arch, head_dim, head_dim, dtype == "fp32"), dtype, head_dim)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_all_features_at_once(kernel: str, arch: str):
+    check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, IS_PACKED=False, **ALL_FEATURES)
+
+
+def test_table_has_no_other_rows():
+    assert set(TILES) == {(kernel, is_float32) for kernel in KERNELS for is_float32 in (False, True)}
+    for rows in TILES.values():
+        assert set(rows) == set(ARCHITECTURES)
+        assert {len(tiles) for tiles in rows.values()} == {len(HEAD_DIM_ROWS)}
+
+
+def test_a_tile_too_big_is_found():
+    with pytest.raises(AssertionError, match=r"more shared memory than 101376 bytes.*shared memory \d{6} bytes"):
+        check("forward", "sm_120", Tile(128, 128, 8, 3), "bf16", 128)
+
+
+def test_spilled_registers_are_found():
+    with pytest.raises(AssertionError, match=r"registers spilled.*, [1-9]\d* bytes spilled"):
+        check("forward", "sm_80", Tile(128, 64, 4, 1), "bf16", 128)
+
+
+def test_a_missing_matrix_instruction_is_found():
+    # sm_100's takes 64 rows at the least
+    with pytest.raises(AssertionError, match=r"no tcgen05\.mma"):
+        check("forward", "sm_100", Tile(32, 32, 4, 1), "bf16", 64)
+
+
+def test_refuses_interpreted_kernels():
+    run = subprocess.run(
+        [sys.executable, "-c", "import tests.aot.compiling"],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "TRITON_INTERPRET=1 is set" in run.stderr

@@ -1,0 +1,75 @@
+"""The kernels under the accuracy rule, forward and backward, amid canaries and poisoned allocations."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import fa_ops
+from tests.support.accuracy import check_case
+from tests.support.cases import Case
+from tests.support.draw import GROUP_SIZES, Profile, draw_case
+
+# bfloat16 is silently wrong in the interpreter
+PROFILE = Profile(
+    dtypes=(torch.float32, torch.float16),
+    head_dims=((16, 16), (24, 24), (32, 32), (40, 40), (64, 64), (32, 64), (64, 32), (33, 17), (80, 48)),
+    max_len=100,
+    max_rows_by_heads=500,
+    max_seqs=3,
+)
+CASES = [draw_case(PROFILE, seed) for seed in range(304)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accuracy(case: Case):
+    check_case(fa_ops.attention, case)
+
+
+def test_there_are_enough_cases():
+    assert len({str(case) for case in CASES}) >= 300
+    assert {case.group_size for case in CASES} == set(GROUP_SIZES)
+
+
+def _lens(case: Case) -> list[tuple[int, int]]:
+    return list(zip(case.lens_q, case.lens_k or case.lens_q, strict=True))
+
+
+def _is_laid_out(case: Case, memory: str, is_padded: bool) -> bool:
+    return case.memory == memory and case.is_padded == is_padded
+
+
+@pytest.mark.parametrize(
+    ("what", "is_covered"),
+    [
+        ("no sequence", lambda case: not case.lens_q),
+        ("all sequences empty", lambda case: case.lens_q and not any(case.lens_q)),
+        ("an empty sequence first", lambda case: sum(case.lens_q[1:]) and case.lens_q[0] == 0),
+        ("an empty sequence in the middle", lambda case: 0 in case.lens_q[1:-1]),
+        ("an empty sequence last", lambda case: sum(case.lens_q[:-1]) and case.lens_q[-1] == 0),
+        ("queries without keys", lambda case: any(n and not m for n, m in _lens(case))),
+        ("keys without queries", lambda case: any(m and not n for n, m in _lens(case))),
+        ("causal with more queries than keys", lambda case: case.is_causal and any(n > m > 0 for n, m in _lens(case))),
+        ("causal with more keys than queries", lambda case: case.is_causal and any(m > n > 0 for n, m in _lens(case))),
+        ("one query, many keys", lambda case: any(n == 1 and m > 32 for n, m in _lens(case))),
+        ("a tile less one", lambda case: {15, 31, 63} & set(case.lens_q)),
+        ("a tile", lambda case: {16, 32, 64} & set(case.lens_q)),
+        ("a tile and one", lambda case: {17, 33, 65} & set(case.lens_q)),
+        *[(f"{place} pads", lambda case, place=place: case.placement == place) for place in ("left", "right", "both")],
+        *[(f"packed {place}", lambda case, place=place: case.placement == place) for place in ("gaps", "shuffled")],
+        *[(f"key_mask {kind}", lambda case, kind=kind: case.key_mask == kind) for kind in ("random", "hole", "all")],
+        *[
+            (f"{memory} {layout}", partial(_is_laid_out, memory=memory, is_padded=layout == "padded"))
+            for memory in ("contiguous", "head_major", "fused_qkv", "gapped")
+            for layout in ("packed", "padded")
+        ],
+        *[(f"dout {kind}", lambda case, kind=kind: case.dout == kind) for kind in ("dense", "expanded", "transposed")],
+        ("a gradient of lse", lambda case: case.has_dlse),
+        ("a value head of another size", lambda case: case.head_dim != case.value_dim),
+        ("a negative scale", lambda case: (case.softmax_scale or 0) < 0),
+        ("a maximum length too small", lambda case: case.max_input_len == "too_small"),
+    ],
+)
+def test_cases_cover(what: str, is_covered):
+    found = [case for case in CASES if is_covered(case)]
+    assert len({case.dtype for case in found}) == 2, f"{what}: {len(found)} cases of {len(CASES)}"

@@ -1,0 +1,129 @@
+"""Draws Cases: the same seed is the same Case on every machine."""
+
+import dataclasses
+import random
+from dataclasses import dataclass
+
+import torch
+
+from tests.support.cases import Case
+
+GROUP_SIZES = (1, 2, 3, 4, 8)
+PRIMES = (2, 3, 5, 7, 11, 13, 19, 23, 29, 37, 43, 53, 61, 71, 79, 83, 97, 211, 509, 1021, 1999)
+AROUND_TILES = tuple(tile + step for tile in (16, 32, 64, 128, 256) for step in (-1, 0, 1))
+PADDED, PACKED = ("left", "right", "both"), ("tight", "gaps", "shuffled")
+# A maximum over a handful of numbers compares little but luck: a batch has many rows, or else many heads.
+MANY_ROWS, MANY_HEADS = 16, 12
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device can be asked for."""
+
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[tuple[int, int], ...]  # of keys, of values
+    max_len: int
+    max_rows_by_heads: int  # query rows, padding included, times query heads: what a case may cost
+    max_seqs: int = 4
+    feature_rate: float = 0.2  # how often each of window, softcap and sinks is in use
+
+
+def draw_case(profile: Profile, seed: int) -> Case:
+    rng = random.Random(seed)
+    group_size = rng.choice(GROUP_SIZES)
+    heads_kv = rng.choice((1, 2)) if group_size < 4 else 1
+    lens_q, lens_k = _draw_lengths(rng, profile, heads_kv * group_size)
+    if max((min(pair) for pair in zip(lens_q, lens_k or lens_q, strict=True)), default=0) < MANY_ROWS:
+        heads_kv = -(-MANY_HEADS // group_size)
+    head_dim, value_dim = rng.choice(profile.head_dims)
+    is_padded = rng.random() < 0.5
+    memory = ("contiguous", "head_major", "gapped") + ("fused_qkv",) * 2 * (lens_k is None)
+    return Case(
+        seed=seed,
+        dtype=rng.choice(profile.dtypes),
+        is_padded=is_padded,
+        placement=rng.choice(PADDED if is_padded else PACKED),
+        lens_q=lens_q,
+        lens_k=lens_k,
+        heads_kv=heads_kv,
+        group_size=group_size,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        is_causal=rng.random() < 0.6,
+        softmax_scale=rng.choice((None, None, None, None, 1.0, 0.3, -0.2, 0.0)),
+        key_mask=rng.choice((None, None, "random", "hole", "all")) if is_padded else None,
+        memory=rng.choice(memory),
+        dout=rng.choice(("dense", "dense", "expanded", "transposed")),
+        has_dlse=rng.random() < 0.5,
+        index_dtype=rng.choice((torch.int32, torch.int64)),
+        max_input_len=rng.choice(("none", "exact", "too_small")),
+        window_size=_draw_window(rng, profile.max_len) if rng.random() < profile.feature_rate else (-1, -1),
+        softcap=rng.choice((1.5, 30.0)) if rng.random() < profile.feature_rate else 0.0,
+        has_sinks=rng.random() < profile.feature_rate,
+    )
+
+
+def draw_like(profile: Profile, like: Case, seed: int) -> Case:
+    """A case of other sequences that needs no other kernel than `like`."""
+    case = draw_case(profile, seed)
+    placements = PADDED if like.is_padded else PACKED
+    return dataclasses.replace(
+        like,
+        seed=seed,
+        placement=random.Random(seed).choice(placements),
+        lens_q=case.lens_q,
+        lens_k=None if like.memory == "fused_qkv" else case.lens_k,
+        softmax_scale=case.softmax_scale,
+        max_input_len=case.max_input_len,
+    )
+
+
+def _draw_lengths(rng: random.Random, profile: Profile, heads: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Lengths of queries and of keys; None for keys that share the queries' metadata."""
+    batch = rng.choices(("usual", "tiny", "all_empty", "none"), (88, 6, 3, 3))[0]
+    if batch == "none":
+        return (), rng.choice((None, ()))
+    if batch == "all_empty":
+        empty = (0,) * rng.randint(1, 3)
+        return empty, rng.choice((None, empty))
+    longest = profile.max_len if batch == "usual" else 3
+    lens_q = [_draw_length(rng, longest) for _ in range(rng.randint(1, profile.max_seqs))]
+    relation = rng.choice(("shared", "shared", "equal", "longer", "shorter", "decode", "any"))
+    lens_k = [_relate(rng, relation, n, profile.max_len) for n in lens_q]
+    if relation == "decode":
+        lens_q = [1] * len(lens_q)
+    for lens in (lens_q,) if relation == "shared" else (lens_q, lens_k):
+        if len(lens) > 1 and rng.random() < 0.35:
+            lens[rng.randrange(len(lens))] = 0
+    if batch == "usual" and (relation != "decode" or rng.random() < 0.5):
+        _anchor(rng, lens_q, lens_k)
+    while len(lens_q) > 1 and heads * len(lens_q) * max(lens_q) > profile.max_rows_by_heads:
+        longest_of_all = lens_q.index(max(lens_q))
+        del lens_q[longest_of_all], lens_k[longest_of_all]
+    return tuple(lens_q), None if relation == "shared" else tuple(lens_k)
+
+
+def _draw_length(rng: random.Random, max_len: int) -> int:
+    usual = [n for n in (*PRIMES, *AROUND_TILES) if n <= max_len]
+    return rng.choices((rng.choice(usual), rng.randint(2, max_len), 1, 0), (70, 20, 5, 5))[0]
+
+
+def _relate(rng: random.Random, relation: str, length: int, max_len: int) -> int:
+    if relation == "longer":
+        return rng.randint(length, max_len)
+    if relation == "shorter":
+        return rng.randint(0, length)
+    if relation in ("any", "decode"):
+        return _draw_length(rng, max_len)
+    return length
+
+
+def _draw_window(rng: random.Random, max_len: int) -> tuple[int, int]:
+    return rng.choice(((-1, 0), (0, 0), (rng.randint(1, 20), -1), (-1, 3), (16, 16), (rng.randint(0, max_len), 5)))
+
+
+def _anchor(rng: random.Random, lens_q: list[int], lens_k: list[int]) -> None:
+    """One sequence of the batch gets many rows, and keys for most of them."""
+    seq = rng.randrange(len(lens_q))
+    lens_q[seq] = max(lens_q[seq], rng.randint(MANY_ROWS, 2 * MANY_ROWS))
+    lens_k[seq] = max(lens_k[seq], MANY_ROWS, lens_q[seq] * 3 // 4)
