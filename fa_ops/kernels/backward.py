@@ -14,6 +14,7 @@ import triton.language as tl
 from fa_ops.kernels.primitives import (
     LOG2E,
     SCAN_BLOCK,
+    add_dot,
     clamp_range,
     is_visible,
     key_range,
@@ -22,21 +23,28 @@ from fa_ops.kernels.primitives import (
     padded_tile,
     query_range,
     scan_lengths,
+    score_scales,
     store_rows,
     tanh,
+    tanh_derivative,
     wrap_rows,
 )
 
 
 @triton.jit
-def _lse_for_exp2(lse):
-    """lse in the log2 domain; +inf where a row sees nothing, so that its P = exp2(S - lse) is 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def _probabilities(s, lse, scale, IS_FLOAT32: tl.constexpr):
+    """P = exp(scale * s - lse); 0 for rows that see nothing, whose lse is -inf. In 16 bits the rounding of lse in the
+    log2 domain does not show, and saves a multiplication."""
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if IS_FLOAT32:
+        return tl.exp2((s * scale - lse) * LOG2E)
+    else:
+        return tl.exp2(s * (scale * LOG2E) - lse * LOG2E)
 
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+    dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
     window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -53,13 +61,13 @@ def _accumulate_dq(
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    derivative = 1.0
     if HAS_SOFTCAP:
+        derivative = tanh_derivative(s * cap_scale)
         s = tanh(s * cap_scale)
-    p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+    p = _probabilities(s, lse[:, None], scale, q.dtype == tl.float32)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    ds = p * (dp - delta[:, None])
-    if HAS_SOFTCAP:
-        ds = ds * (1.0 - s * s)
+    ds = p * (dp - delta[:, None]) * derivative
     if MASKED:
         visible = is_visible(
             offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -67,7 +75,7 @@ def _accumulate_dq(
         if HAS_KEY_MASK:
             visible = visible & is_key[None, :]
         ds = tl.where(visible, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return add_dot(dq, ds.to(k.dtype), k)
 
 
 @triton.jit
@@ -133,12 +141,7 @@ def attention_backward_dq_kernel(
     delta = tl.where(sees_key, delta, 0.0)
     tl.store(delta_ptr + batch * stride_lb + head * stride_lh + first + offs_tile, delta, mask=is_row)
 
-    lse_log2 = _lse_for_exp2(lse)
-    scale_log2 = softmax_scale * LOG2E
-    cap_scale = 1.0
-    if HAS_SOFTCAP:
-        cap_scale = softmax_scale / softcap
-        scale_log2 = softcap * LOG2E
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, full, full_end, end = key_range(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
@@ -150,24 +153,24 @@ def attention_backward_dq_kernel(
     if HAS_LEFT:
         for n0 in tl.range(begin, full, BLOCK_N):
             dq = _accumulate_dq(
-                dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+                dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
                 cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
                 BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
             )  # fmt: skip
     for n0 in tl.range(full, full_end, BLOCK_N):
         dq = _accumulate_dq(
-            dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
             cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
             BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
         )  # fmt: skip
     for n0 in tl.range(full_end, end, BLOCK_N):
         dq = _accumulate_dq(
-            dq, q, dout, lse_log2, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
             cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
             BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
 
-    dq = tl.where(sees_key[:, None], dq * softmax_scale, 0.0)
+    dq = tl.where(sees_key[:, None], dq * tl.cast(softmax_scale, tl.float32), 0.0)
     offs_tile = wrap_rows(first, offs_tile, rows_q, IS_PACKED)
     if not IS_PACKED:
         is_row = offs_m < rows_q
@@ -177,7 +180,7 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _accumulate_dkv(
-    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale_log2, cap_scale,
+    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale, cap_scale,
     window_left, window_right, stride_qt, stride_dot,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -201,21 +204,21 @@ def _accumulate_dkv(
         dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, MASKED
     )
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    derivative = 1.0
     if HAS_SOFTCAP:
+        derivative = tanh_derivative(s * cap_scale)
         s = tanh(s * cap_scale)
-    p = tl.exp2(s * scale_log2 - _lse_for_exp2(lse)[None, :])
+    p = _probabilities(s, lse[None, :], scale, q.dtype == tl.float32)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    if HAS_SOFTCAP:
-        ds = ds * (1.0 - s * s)
+    ds = p * (dp - delta[None, :]) * derivative
     if MASKED:
         visible = is_visible(
             (m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         p = tl.where(visible, p, 0.0)
         ds = tl.where(visible, ds, 0.0)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dv = add_dot(dv, p.to(dout.dtype), dout)
+    dk = add_dot(dk, ds.to(q.dtype), q)
     return dk, dv
 
 
@@ -270,11 +273,7 @@ def attention_backward_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    scale_log2 = softmax_scale * LOG2E
-    cap_scale = 1.0
-    if HAS_SOFTCAP:
-        cap_scale = softmax_scale / softcap
-        scale_log2 = softcap * LOG2E
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     begin, full, full_end, end = query_range(
         n0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
@@ -292,27 +291,27 @@ def attention_backward_dkv_kernel(
             for m0 in tl.range(begin, full, BLOCK_M):
                 dk, dv = _accumulate_dkv(
                     dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                     window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                     HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
                 )  # fmt: skip
         for m0 in tl.range(full, full_end, BLOCK_M):
             dk, dv = _accumulate_dkv(
                 dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                 window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
             )  # fmt: skip
         for m0 in tl.range(full_end, end, BLOCK_M):
             dk, dv = _accumulate_dkv(
                 dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale_log2, cap_scale,
+                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                 window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
             )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above
-    dk = tl.where(is_key[:, None], dk * softmax_scale, 0.0)
+    dk = tl.where(is_key[:, None], dk * tl.cast(softmax_scale, tl.float32), 0.0)
     dv = tl.where(is_key[:, None], dv, 0.0)
     offs_tile = wrap_rows(first, offs_tile, rows_k, IS_PACKED)
     is_row = is_key if IS_PACKED else offs_n < rows_k

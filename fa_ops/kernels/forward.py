@@ -4,7 +4,7 @@ With scores S = scale * Q K^T, running maximum m and running sum l of a row over
 
     m' = max(m, rowmax(S)),  P = exp(S - m'),  l' = exp(m - m') l + rowsum(P),  acc' = exp(m - m') acc + P V,
 
-and at the end out = acc / l, lse = m + log(l). All exponentials are base 2: m and S are held in the log2 domain.
+and at the end out = acc / l, lse = m + log(l). S and m are held unscaled, and all exponentials are base 2.
 A softcap replaces S by softcap * tanh(S / softcap); a sink is one more score of each row, and has no value.
 """
 
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
-    LN2,
     LOG2E,
     SCAN_BLOCK,
+    add_dot,
     clamp_range,
     is_visible,
     key_range,
@@ -22,6 +22,7 @@ from fa_ops.kernels.primitives import (
     load_rows,
     padded_tile,
     scan_lengths,
+    score_scales,
     store_rows,
     tanh,
     wrap_rows,
@@ -30,7 +31,7 @@ from fa_ops.kernels.primitives import (
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
     window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -55,19 +56,20 @@ def _attend(
         )
         if HAS_KEY_MASK:
             visible = visible & is_key[None, :]
-        s_log2 = tl.where(visible, s * scale_log2, float("-inf"))
-        m_new_log2 = tl.maximum(m_i_log2, tl.max(s_log2, 1))
-        m_finite_log2 = tl.where(m_new_log2 == float("-inf"), 0.0, m_new_log2)
-        p = tl.exp2(s_log2 - m_finite_log2[:, None])
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_finite = m_new
+    if MASKED:
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    scale_log2 = scale * LOG2E
+    if q.dtype == tl.float32:
+        p = tl.exp2((s - m_finite[:, None]) * scale_log2)
     else:
-        m_new_log2 = tl.maximum(m_i_log2, tl.max(s, 1) * scale_log2)
-        m_finite_log2 = m_new_log2
-        p = tl.exp2(s * scale_log2 - m_new_log2[:, None])
-    alpha = tl.exp2(m_i_log2 - m_finite_log2)
+        p = tl.exp2(s * scale_log2 - (m_finite * scale_log2)[:, None])
+    alpha = tl.exp2((m_i - m_finite) * scale_log2)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, l_i, m_new_log2
+    acc = add_dot(acc * alpha[:, None], p.to(v.dtype), v)
+    return acc, l_i, m_new
 
 
 @triton.jit
@@ -118,19 +120,18 @@ def attention_forward_kernel(
     is_row = offs_m < len_q
     first = start_q + m0
     q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    # rowmax(S) is taken before scaling, which needs a scale that is not negative
+    # rowmax(S) is taken before scaling, which needs a scale above 0
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     if softmax_scale < 0:
         q = -q
-        softmax_scale = -softmax_scale
-    scale_log2 = softmax_scale * LOG2E
-    cap_scale = 1.0
-    if HAS_SOFTCAP:
-        cap_scale = softmax_scale / softcap
-        scale_log2 = softcap * LOG2E
+        cap_scale = -cap_scale
+        if not HAS_SOFTCAP:
+            scale = -scale
+    scale = tl.maximum(scale, 1e-30)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i_log2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     begin, full, full_end, end = key_range(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
@@ -140,36 +141,38 @@ def attention_forward_kernel(
         begin, full, full_end, end = 0, 0, 0, 0
     if HAS_LEFT:
         for n0 in tl.range(begin, full, BLOCK_N):
-            acc, l_i, m_i_log2 = _attend(
-                acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2,
+            acc, l_i, m_i = _attend(
+                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
                 cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
                 BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
             )  # fmt: skip
     for n0 in tl.range(full, full_end, BLOCK_N):
-        acc, l_i, m_i_log2 = _attend(
-            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
             window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
             BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
         )  # fmt: skip
     for n0 in tl.range(full_end, end, BLOCK_N):
-        acc, l_i, m_i_log2 = _attend(
-            acc, l_i, m_i_log2, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale_log2, cap_scale,
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
             window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
             BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
 
+    m_i = m_i * scale
     if HAS_SINKS:
         # one more score, with no value
-        sink_log2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        m_new_log2 = tl.maximum(m_i_log2, sink_log2)
-        m_finite_log2 = tl.where(m_new_log2 == float("-inf"), 0.0, m_new_log2)
-        alpha = tl.exp2(m_i_log2 - m_finite_log2)
-        l_i = l_i * alpha + tl.exp2(sink_log2 - m_finite_log2)
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        m_new = tl.maximum(m_i, sink)
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m_i - m_finite) * LOG2E)
+        l_i = l_i * alpha + tl.exp2((sink - m_finite) * LOG2E)
         acc = acc * alpha[:, None]
-        m_i_log2 = m_new_log2
+        m_i = m_new
     is_empty = (l_i == 0.0) | ~is_row
-    out = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, l_i)[:, None])
-    lse = tl.where(is_empty, float("-inf"), (m_i_log2 + tl.log2(tl.where(is_empty, 1.0, l_i))) * LN2)
+    l_i = tl.where(is_empty, 1.0, l_i)
+    out = tl.where(is_empty[:, None], 0.0, acc / l_i[:, None])
+    lse = tl.where(is_empty, float("-inf"), m_i + tl.log(l_i))
     offs_tile = wrap_rows(first, offs_tile, rows_q, IS_PACKED)
     if not IS_PACKED:
         is_row = offs_m < rows_q

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 SCAN_BLOCK = tl.constexpr(128)
 
 
@@ -127,6 +126,35 @@ def tanh(x):
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     value = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -value, value))
+
+
+@triton.jit
+def tanh_derivative(x):
+    """1 - tanh(x)^2, without the cancellation."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
+def score_scales(softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(cap_scale, scale): a score is scale * s with s = q k, or s = tanh(cap_scale * q k) under a softcap. Scalars come
+    as float64 from Inductor."""
+    scale = tl.cast(softmax_scale, tl.float32)
+    cap_scale = 1.0
+    if HAS_SOFTCAP:
+        cap_scale = scale / tl.cast(softcap, tl.float32)
+        scale = tl.cast(softcap, tl.float32)
+    return cap_scale, scale
+
+
+@triton.jit
+def add_dot(acc, a, b):
+    """acc + a b. In float32 each product is summed on its own first, since one chain of thousands of sums loses digits;
+    the signs keep the compiler from folding it into the chain."""
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
