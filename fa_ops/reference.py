@@ -167,17 +167,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Te
 
 
 def _attend_reordered(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """`_attend` in the order of flash attention, where p comes from scores computed anew: base 2, the scale folded into
-    q, every sum from its other end, and v taken in two halves."""
-    q, k, v = q.flip(0).unflatten(1, (k.shape[1], -1)), k.flip(0), v.flip(0)
+    """`_attend` in flash attention's order, where the gradient comes from p made anew of q, k and lse, and from
+    delta = rowsum(dout * out); in base 2, the scale folded into q, every sum from its other end, v in halves."""
+    q, k, v = q.flip(0).unflatten(1, (k.shape[1], -1)) * scores.scale, k.flip(0), v.flip(0)
     mask = scores.mask.flip(0, 1)
-    lse = scores.finish(torch.einsum("qhgd,khd->qhgk", q * scores.scale, k), mask).logsumexp(-1)
-    s = scores.finish(torch.einsum("qhgd,khd->qhgk", q.flip(-1) * scores.scale, k.flip(-1)), mask)
-    p = torch.exp2((s - lse.detach()[..., None]) / math.log(2))
-    sum_p = p.sum(-1, keepdim=True)
-    out = torch.cat([torch.einsum("qhgk,khd->qhgd", p[..., : len(k)], half) for half in v.chunk(2, -1)], -1)
-    # the value is normalised by its own p's, the gradient takes p as it is
-    out = out / (sum_p / sum_p.detach()) - (out - out / sum_p).detach()
+    s = scores.finish(torch.einsum("qhgd,khd->qhgk", q, k), mask)
+    lse = s.logsumexp(-1)
+    s_again = scores.finish(torch.einsum("qhgd,khd->qhgk", q.flip(-1), k.flip(-1)), mask)
+    p, p_again = (torch.exp2((t - lse.detach()[..., None]) / math.log(2)) for t in (s.detach(), s_again))
+    value = torch.einsum("qhgk,khd->qhgd", p[..., : len(k)], v.detach()) / p.sum(-1, keepdim=True)
+    # its gradient is that of out: dp = dout v^T - delta
+    halves = [torch.einsum("qhgk,khd->qhgd", p_again[..., : len(k)], half) for half in v.chunk(2, -1)]
+    gradient = torch.cat(halves, -1) - p_again.sum(-1, keepdim=True) * value
+    out = value + (gradient - gradient.detach())
     return out.flatten(1, 2).flip(0), lse.flatten(1, 2).flip(0)
 
 

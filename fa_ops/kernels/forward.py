@@ -120,14 +120,14 @@ def attention_forward_kernel(
     is_row = offs_m < len_q
     first = start_q + m0
     q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    # rowmax(S) is taken before scaling, which needs a scale above 0
+    # rowmax(S) is taken before scaling, which needs a scale that is not negative; and 0 * -inf is NaN
     cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     if softmax_scale < 0:
         q = -q
         cap_scale = -cap_scale
         if not HAS_SOFTCAP:
             scale = -scale
-    scale = tl.maximum(scale, 1e-30)
+    positive_scale = tl.maximum(scale, 1e-30)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -142,24 +142,24 @@ def attention_forward_kernel(
     if HAS_LEFT:
         for n0 in tl.range(begin, full, BLOCK_N):
             acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
+                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
                 cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
                 BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
             )  # fmt: skip
     for n0 in tl.range(full, full_end, BLOCK_N):
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
+            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale, cap_scale,
             window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
             BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
         )  # fmt: skip
     for n0 in tl.range(full_end, end, BLOCK_N):
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
+            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale, cap_scale,
             window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
             BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
 
-    m_i = m_i * scale
+    m_i = tl.where(m_i == float("-inf"), m_i, m_i * scale)
     if HAS_SINKS:
         # one more score, with no value
         sink = tl.load(sinks_ptr + head).to(tl.float32)

@@ -15,7 +15,7 @@ PROFILE = Profile(
     dtypes=(torch.float32, torch.float16),
     head_dims=((16, 16), (24, 24), (32, 32), (40, 40), (64, 64), (32, 64), (64, 32), (33, 17), (80, 48)),
     max_len=100,
-    max_rows_by_heads=500,
+    max_rows_by_heads=350,
     max_seqs=3,
 )
 CASES = [draw_case(PROFILE, seed) for seed in range(304)]

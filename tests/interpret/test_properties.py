@@ -12,21 +12,21 @@ from tests.support.accuracy import evaluate
 from tests.support.cases import Case
 from tests.support.draw import draw_case
 
-SMALL = dataclasses.replace(PROFILE, max_len=40, max_rows_by_heads=150)
-BATCHES = [case for case in (draw_case(SMALL, seed) for seed in range(1000, 1060)) if len(case.lens_q) > 1]
+SMALL = dataclasses.replace(PROFILE, max_len=40, max_rows_by_heads=100)
+BATCHES = [case for case in (draw_case(SMALL, seed) for seed in range(1000, 1100)) if len(case.lens_q) > 1]
 
 
-@pytest.mark.parametrize("case", BATCHES[:12], ids=str)
+@pytest.mark.parametrize("case", BATCHES[:10], ids=str)
 def test_batch_invariance(case: Case):
     properties.check_batch_invariance(fa_ops.attention, case)
 
 
-@pytest.mark.parametrize("case", BATCHES[12:16], ids=str)
+@pytest.mark.parametrize("case", BATCHES[10:14], ids=str)
 def test_repeats(case: Case):
     properties.check_repeats(fa_ops.attention, case)
 
 
-@pytest.mark.parametrize("case", BATCHES[16:20], ids=str)
+@pytest.mark.parametrize("case", BATCHES[14:18], ids=str)
 def test_max_input_len_is_ignored(case: Case):
     properties.check_max_input_len_ignored(fa_ops.attention, case)
 
@@ -34,7 +34,7 @@ def test_max_input_len_is_ignored(case: Case):
 @pytest.mark.parametrize("is_padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_nan_stays_in_its_sequence(is_padded: bool, is_causal: bool):
-    properties.check_nan_isolation(fa_ops.attention, plain_case(is_padded, is_causal, (5, 17, 3), (20, 17, 2)))
+    properties.check_nan_isolation(fa_ops.attention, plain_case(is_padded, is_causal, (5, 17), (20, 17)))
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["packed", "padded"])
