@@ -84,24 +84,25 @@ def packed_ranges(
     position_ids: Tensor | None,
 ) -> Ranges | None:
     """Sequences in (B * Q, Hq, D) and (B * K, Hkv, D), or None for a batch that is not packed."""
-    is_start = None
+    batch, q_length, kv_length = query.shape[0], query.shape[1], key.shape[1]
+    marked = None
     if attention_mask is not None and MaskPattern.of(attention_mask).is_packed:
-        is_start = attention_mask[:, 0, 0, :]
-    key_mask = _key_mask(attention_mask, key.shape[1]) if is_start is None else None
+        marked = attention_mask[:, 0, 0, :]
+    is_padded = marked is None and _key_mask(attention_mask, kv_length) is not None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        if key_mask is not None:
+        if is_padded:
             raise NotImplementedError(
                 f"cu_seq_lens_q, cu_seq_lens_k: given with an attention_mask that hides keys; {ATTENTION_NAME} accepts "
                 "packed sequences or padding"
             )
         return Ranges(*varlen.from_cu_seqlens(cu_seq_lens_q), *varlen.from_cu_seqlens(cu_seq_lens_k))
-    if is_start is not None:
-        return _document_ranges(is_start)
-    if not is_causal or key_mask is not None or position_ids is None or position_ids.shape[-1] == 1:
-        return None
-    batch, q_length = query.shape[:2]
+    if position_ids is None or position_ids.shape[-1] == 1 or is_padded or not is_causal:
+        return None if marked is None else _document_ranges(marked)
     is_start = varlen.document_starts(position_ids)
-    if is_start.shape == (batch, q_length) and q_length == key.shape[1]:
+    if marked is not None:
+        # Compiled, and with a cache, the mask function takes any batch for packed but knows no borders.
+        return _document_ranges(marked | is_start)
+    if is_start.shape == (batch, q_length) and q_length == kv_length:
         return _document_ranges(is_start)
     torch._assert_async(
         ~is_start[:, 1:].any(),

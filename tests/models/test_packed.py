@@ -1,24 +1,30 @@
 """Packed sequences, in every form in which they come: each document as if it were alone."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fa_ops import varlen
-from tests.models.test_forward import check_training, logits_of
-from tests.models.tiny import DEVICE, VOCABULARY, Batch, check_accuracy, tiny_model, twins
+from tests.models.tiny import DEVICE, VOCABULARY, check_accuracy, tiny_model, twins
+from tests.support.accuracy import AccuracyError, ErrorPool
 
 LENGTHS = (12, 1, 3, 15, 1)  # some longer than the windows of 8
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss")
 FORMS = ("positions", "positions, no cache", "cumulative lengths")
 
 
-def documents_of(rows: int = 1) -> list[list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(rows)
-    return [
-        [torch.randint(2, VOCABULARY, (length,), generator=generator).to(DEVICE) for length in LENGTHS[i:] + LENGTHS[:i]]
-        for i in range(rows)
-    ]
+DRAWS = 4
+
+
+def documents_of(rows: int = 1, seed: int = 0) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def document(length: int) -> torch.Tensor:
+        return torch.randint(2, VOCABULARY, (length,), generator=generator).to(DEVICE)
+
+    return [[document(length) for length in (*LENGTHS[i:], *LENGTHS[:i])] for i in range(rows)]
 
 
 def positions_of(documents: list[torch.Tensor]) -> torch.Tensor:
@@ -51,36 +57,48 @@ def results(model, documents, arguments=None, forward=None) -> tuple[torch.Tenso
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def check(model, documents, form, forward=None) -> None:
-    arguments = packed(documents, form)
-    eager, exact = (results(twin, documents) for twin in twins(model))
-    ours = results(model, documents, arguments, forward)
-    for name, *of_name in zip(("logits", "gradients"), ours, exact, eager, strict=True):
-        check_accuracy(name, *of_name)
+def check(model, form, forward=None, of=documents_of) -> None:
+    pools = ErrorPool("logits"), ErrorPool("gradients")
+    for draw in range(DRAWS):
+        documents = of(seed=draw)
+        eager, exact = (results(twin, documents) for twin in twins(model))
+        for pool, ours, *of_twins in zip(
+            pools, results(model, documents, packed(documents, form), forward), exact, eager, strict=True
+        ):
+            pool.add(ours, of_twins[0], of_twins[1:])
+        if not any(pool.excess() for pool in pools):
+            return
+    raise AccuracyError("; ".join(filter(None, (pool.excess() for pool in pools))))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_equal_documents_alone(family, form, rows):
-    check(tiny_model(family), documents_of(rows), form)
+    check(tiny_model(family), form, of=functools.partial(documents_of, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", [*FAMILIES[:1], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled(family, form, fresh_compiler):
     model, counter = tiny_model(family), CompileCounterWithBackend("aot_eager")
-    check(model, documents_of(), form, torch.compile(model, fullgraph=True, backend=counter))
+    check(model, form, torch.compile(model, fullgraph=True, backend=counter))
     assert counter.frame_count == 1
 
 
 def test_one_graph_for_any_documents(fresh_compiler):
     model, counter = tiny_model("llama", num_hidden_layers=1), CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
-    (documents,) = documents_of()
-    for chosen in (documents, documents[:3], documents[3:], documents[:1], documents * 4):
-        check(model, [chosen], "positions", forward)
+    for chosen in (slice(None), slice(3), slice(3, None), slice(1)):
+        check(model, "positions", forward, lambda seed, chosen=chosen: [documents_of(1, seed)[0][chosen]])
     assert 1 <= counter.frame_count <= 2
+
+
+def test_compiled_with_windows_and_a_cache(fresh_compiler):
+    # What the mask function cannot know of packing then, the positions tell.
+    model = tiny_model("mistral", num_hidden_layers=1)
+    check(model, "positions", torch.compile(model, fullgraph=True, backend="aot_eager"))
 
 
 def test_left_padded_positions_are_not_packed_sequences():
@@ -130,5 +148,5 @@ def test_the_checks_see_documents_that_read_each_other():
     model, documents = tiny_model("llama"), documents_of()
     arguments = packed(documents, "positions") | {"position_ids": None}
     eager, exact = (results(twin, documents)[0] for twin in twins(model))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AccuracyError):
         check_accuracy("logits", results(model, documents, arguments)[0], exact, eager)

@@ -5,11 +5,19 @@ import types
 import pytest
 import torch
 from torch._dynamo.exc import Unsupported
-from transformers import T5Config, T5ForConditionalGeneration, masking_utils
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    masking_utils,
+)
 
 from fa_ops.integrations.huggingface import UNSUPPORTED_ARGUMENTS, triton_attention_forward
 from fa_ops.integrations.huggingface_mask import SLIDING, MaskPattern, triton_attention_mask
-from tests.models.tiny import ATTENTION_NAME, DEVICE, batch_of, cache_of, tiny_model
+from tests.models.tiny import ATTENTION_NAME, DEVICE, SIZES, batch_of, cache_of, tiny_model
 
 
 def call(attention_mask=None, module=None, **kwargs):
@@ -98,6 +106,32 @@ def test_relative_position_bias():
     model, ids = T5ForConditionalGeneration(config).to(DEVICE).eval(), batch_of("none").ids
     with pytest.raises(NotImplementedError, match=r"T5Attention of t5: position_bias"):
         model(input_ids=ids, decoder_input_ids=ids)
+
+
+def test_chunked_attention():
+    config = Llama4TextConfig(
+        **SIZES, attention_chunk_size=8, intermediate_size_mlp=32, num_local_experts=2,
+        layer_types=["chunked_attention", "full_attention"], attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config).to(DEVICE).eval()
+    with pytest.raises(NotImplementedError, match=r"mask_function: chunked_overlay.* \(chunk_size=8\)"):
+        model(batch_of("none").ids)
+
+
+def test_image_tokens_that_see_each_other():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = Gemma3Config(
+        text_config={**SIZES, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=vision, mm_tokens_per_image=4, image_token_index=3, boi_token_index=4, eoi_token_index=5,
+        attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    model, ids = Gemma3ForConditionalGeneration(config).to(DEVICE).eval(), torch.full((1, 11), 9, device=DEVICE)
+    model(ids)
+    types_of_tokens = torch.zeros_like(ids)
+    ids[:, 2:6], types_of_tokens[:, 2:6] = 3, 1
+    with pytest.raises(NotImplementedError, match=r"mask_function: causal_mask_function \| blockwise_overlay"):
+        model(ids, token_type_ids=types_of_tokens, pixel_values=torch.randn(1, 3, 16, 16, device=DEVICE))
 
 
 @pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])

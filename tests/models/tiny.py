@@ -3,6 +3,7 @@
 import copy
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -127,7 +128,8 @@ def tiny_whisper(attention: str = ATTENTION_NAME) -> PreTrainedModel:
         vocab_size=VOCABULARY, num_mel_bins=4, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=15,
         max_target_positions=64, init_std=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None, attn_implementation=attention,
+        decoder_start_token_id=1, tie_word_embeddings=False, suppress_tokens=None, begin_suppress_tokens=None,
+        attn_implementation=attention,
     )  # fmt: skip
     return _initialised(WhisperForConditionalGeneration, config)
 
@@ -139,6 +141,11 @@ def _initialised(model_class: type[PreTrainedModel], config) -> PreTrainedModel:
         if name.endswith("sinks"):  # initialised to nothing in particular
             nn.init.normal_(parameter)
     return model
+
+
+def families_of(*fast: str) -> list:
+    """All families of decoders, those that are not named being slow."""
+    return [family if family in fast else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 
 
 class Batch(NamedTuple):
