@@ -134,7 +134,7 @@ def triton_attention_forward(
         "sinks": kwargs.get("sinks") if sinks is None else sinks,
     }
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    ranges = packed_ranges(query, key, attention_mask, is_causal, **_packing(module, kwargs))
+    ranges = packed_ranges(query, key, attention_mask, is_causal, module.training, **_packing(module, kwargs))
     if ranges is None:
         ranges = padded_ranges(query, key, attention_mask, is_causal, window_size, module.training)
         out = attention(query, key, value, **ranges._asdict(), **options)

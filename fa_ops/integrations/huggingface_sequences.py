@@ -79,6 +79,7 @@ def packed_ranges(
     key: Tensor,
     attention_mask: Tensor | None,
     is_causal: bool,
+    is_training: bool,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
     position_ids: Tensor | None,
@@ -102,12 +103,14 @@ def packed_ranges(
     if marked is not None:
         # Compiled, and with a cache, the mask function takes any batch for packed but knows no borders.
         return _document_ranges(marked | is_start)
-    if is_start.shape == (batch, q_length) and q_length == kv_length:
+    # Rows that do not lie one behind the other are copied to make them so: not to find out that nothing is packed.
+    is_free = batch == 1 or is_training or key.stride(0) == kv_length * key.stride(1)
+    if is_free and is_start.shape == (batch, q_length) and q_length == kv_length:
         return _document_ranges(is_start)
     torch._assert_async(
         ~is_start[:, 1:].any(),
-        f"{ATTENTION_NAME}: position_ids restart within a row (packed sequences), which is supported for position_ids "
-        "with the rows of the batch, and with as many queries as keys",
+        f"{ATTENTION_NAME}: position_ids restart within a row (packed sequences), which is supported with as many "
+        "queries as keys and, of several rows, for position_ids of each, in training or without a cache",
     )
     return None
 

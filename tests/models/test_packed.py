@@ -75,7 +75,21 @@ def check(model, form, forward=None, of=documents_of) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_equal_documents_alone(family, form, rows):
-    check(tiny_model(family), form, of=functools.partial(documents_of, rows))
+    check(tiny_model(family).train(), form, of=functools.partial(documents_of, rows))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_several_rows_with_a_cache_are_not_copied_to_look_for_documents(is_packed):
+    # On the CPU: a failed assertion ends the CUDA context of a process.
+    model, documents = tiny_model("llama").cpu(), documents_of(2)
+    arguments = {n: t.cpu() if torch.is_tensor(t) else t for n, t in packed(documents, "positions").items()}
+    if is_packed:
+        with pytest.raises(RuntimeError, match="position_ids restart within a row"):
+            model(**arguments)
+    else:
+        arguments["position_ids"] = torch.arange(32).expand(2, -1)
+        expected = twins(model)[0](**arguments).logits
+        torch.testing.assert_close(model(**arguments).logits, expected)
 
 
 @pytest.mark.slow
