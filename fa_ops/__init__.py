@@ -5,7 +5,7 @@ compute capability 8.0 or higher. CPU tensors do not need it.
 """
 
 from fa_ops import ops, varlen
-from fa_ops.attention import attention
+from fa_ops.attention import attention, varlen_attn
 
 __version__ = "0.1.0"
 
@@ -24,4 +24,4 @@ def register_triton_attention() -> bool:
     return huggingface.register_triton_attention()
 
 
-__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen"]
+__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen", "varlen_attn"]

@@ -1,11 +1,16 @@
 """The public functions: their semantics, their arguments, what they add to the op."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fa_ops import ops  # noqa: F401  (registers torch.ops.modelopt.varlen_attention)
+from fa_ops import ops, varlen  # noqa: F401  (ops registers torch.ops.modelopt.varlen_attention)
 from fa_ops_meta import checks
+
+if TYPE_CHECKING:
+    from torch.nn.attention.varlen import AuxRequest
 
 
 def attention(
@@ -107,6 +112,68 @@ def attention(
         deterministic is not False, skip_softmax_threshold, skip_softmax_block[0], skip_softmax_block[1],
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: "AuxRequest | None" = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """`attention` of packed sequences, called as `torch.nn.attention.varlen.varlen_attn` of torch 2.13 is.
+
+    Unlike torch's it runs on CPU tensors too, is differentiable in lse, and takes any strides.
+
+    Args:
+        query: (total_q, Hq, D), see `attention`.
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        cu_seq_q: (B + 1,) int32 or int64: 0, the end of the first sequence, ..., the end of the last.
+        cu_seq_k: (B + 1,), likewise of the keys. None belongs to paging, and raises.
+        max_q: longest sequence of queries; never changes a result.
+        max_k: longest sequence of keys, likewise.
+        return_aux: with ``lse=True`` also return lse, (Hq, total_q) float32.
+        scale: 1 / sqrt(D) if None.
+        window_size: (left, right), -1 for unlimited; (-1, 0) is causal attention, bottom-right aligned.
+        enable_gqa: accept fewer heads of keys and values than of queries.
+        seqused_k: (B,) int32 or int64, keys of each sequence, counted from its begin in ``cu_seq_k``; all if None.
+        block_table: paging is not implemented yet: anything but None raises.
+        num_splits: a sequence's result never depends on its neighbours, whatever is given here.
+
+    Returns:
+        out (total_q, Hq, Dv), or (out, lse).
+
+    Raises:
+        As `attention`, and ValueError for unequal numbers of heads without ``enable_gqa``.
+    """
+    if block_table is not None or cu_seq_k is None:
+        name, given = ("cu_seq_k", "None") if block_table is None else ("block_table", "a tensor")
+        raise NotImplementedError(
+            f"{name}: {given} given; a paged cache is not implemented yet, pass cu_seq_k and no block_table"
+        )
+    if not enable_gqa and query.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"enable_gqa: False given, with {query.shape[-2]} heads of query and {key.shape[-2]} of key; expected "
+            "equal numbers, or True"
+        )
+    b_start_loc, b_seq_len = varlen.from_cu_seqlens(cu_seq_q)
+    b_start_loc_k, b_seq_len_k = varlen.from_cu_seqlens(cu_seq_k)
+    return attention(
+        query, key, value, b_start_loc, b_seq_len, max_q, False, scale,
+        b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k,
+        window_size=window_size, return_lse=return_aux is not None and return_aux.lse,
+    )  # fmt: skip
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

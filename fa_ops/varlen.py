@@ -47,8 +47,57 @@ def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"mask: shape {tuple(mask.shape)} given; expected (B, S)")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: dtype {mask.dtype} given; accepted is bool")
+    if mask.shape[1] == 0:
+        start = torch.zeros(mask.shape[0], dtype=torch.int32, device=mask.device)
+        return start, start
     position = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=torch.int32)
-    end = (position * mask).amax(1) if mask.shape[1] else position.new_zeros(mask.shape[0])
-    behind = ((mask.shape[1] + 1 - position) * mask).amax(1) if mask.shape[1] else end
-    start = torch.where(end > 0, mask.shape[1] - behind, 0)
-    return start.to(torch.int32), (end - start).to(torch.int32)
+    end = (position * mask).amax(1)
+    start = mask.to(torch.uint8).argmax(1).to(torch.int32)  # the first of equal maxima
+    return start, end - start
+
+
+def document_starts(position_ids: Tensor) -> Tensor:
+    """(B, S) bool, or (1, S): True where positions do not go on from their left neighbour's, which begins a document.
+
+    Args:
+        position_ids: (S,) or (B, S), any integer dtype. Or (C, B, S), positions of text, images and videos along C axes
+            (time first): there a document begins where time goes back, or stays at 0 on all axes.
+    """
+    if position_ids.dim() not in (1, 2, 3):
+        raise ValueError(f"position_ids: shape {tuple(position_ids.shape)} given; expected (S,), (B, S) or (C, B, S)")
+    if position_ids.dim() == 3:
+        is_zero = (position_ids == 0).all(0)
+        time = position_ids[0]
+        is_start = (time[:, 1:] < time[:, :-1]) | (is_zero[:, 1:] & is_zero[:, :-1])
+    else:
+        position_ids = torch.atleast_2d(position_ids)
+        is_start = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    return torch.nn.functional.pad(is_start, (1, 0), value=True)
+
+
+def from_document_starts(is_start: Tensor, max_documents: int | None = None) -> tuple[Tensor, Tensor]:
+    """(b_start_loc, b_seq_len), each (max_documents,) int32, of the documents that lie in a (B * S, H, D) tensor.
+
+    How many there are is known to the device alone, so the shape is that of a bound. Surplus sequences have length 0.
+    More documents than the bound stop the device with an assertion.
+
+    Args:
+        is_start: (B, S) bool, True in the first column and where a document begins.
+        max_documents: B * S if None. Kernels pay for the bound, not for what it bounds.
+    """
+    if is_start.dim() != 2:
+        raise ValueError(f"is_start: shape {tuple(is_start.shape)} given; expected (B, S)")
+    if is_start.dtype != torch.bool:
+        raise TypeError(f"is_start: dtype {is_start.dtype} given; accepted is bool")
+    document = is_start.flatten().cumsum(0)  # from 1 on
+    if max_documents is None:
+        max_documents = is_start.numel()
+    else:
+        torch._assert_async(
+            (document[-1:] <= max_documents).all(),
+            "packed sequences: more documents than max_documents; give the cumulative lengths (cu_seq_lens_q, "
+            "cu_seq_lens_k, of the data collator) instead of position_ids",
+        )
+    numbers = torch.arange(1, max_documents + 2, device=is_start.device)
+    cu_seqlens = torch.searchsorted(document, numbers, out_int32=True)
+    return cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]

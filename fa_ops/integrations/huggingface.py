@@ -1,56 +1,61 @@
 """Attention for Hugging Face Transformers: `attn_implementation="modelopt_triton"`.
 
 Transformers calls two functions. The mask function (huggingface_mask.py) turns what a model wants of its mask into a
-key mask (B, 1, 1, K), once per forward or, under `generate` with a static cache, before it. The attention function gets
-that mask in every layer, computes on the device where each sequence begins and ends, and calls the op on the padded
-layout, so that the keys and values of a cache are read where they lie.
+key mask and the number of a pattern, once per forward or, under `generate` with a static cache, before it. The
+attention function gets that mask in every layer and calls the op, on the padded layout, so that the keys and values of
+a cache are read where they lie, or on the packed layout (huggingface_sequences.py).
 
 Shapes are B rows, Q query positions, K key positions, Hq query heads, Hkv key and value heads, head dimensions D, Dv.
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fa_ops.attention import attention
-from fa_ops.integrations.huggingface_mask import ATTENTION_NAME, describe, triton_attention_mask
-from fa_ops.varlen import from_mask
+from fa_ops.integrations.huggingface_mask import (
+    ATTENTION_NAME,
+    CENTRED,
+    NO_WINDOW,
+    NUM_PATTERNS,
+    MaskPattern,
+    describe,
+    triton_attention_mask,
+)
+from fa_ops.integrations.huggingface_sequences import packed_ranges, padded_ranges
 
 # Arguments that change what attention means, and where the model has them from.
 UNSUPPORTED_ARGUMENTS = {
-    "softcap": "config.attn_logit_softcapping",
-    "s_aux": "attention sinks, a parameter of the module",
-    "sinks": "attention sinks, a parameter of the module",
     "position_bias": "a bias that is added to the scores",
     "indices": "sparse attention with an indexer, config.index_topk",
     "block_indices": "sparse attention with an indexer, config.index_topk_blocks",
-    "cu_seq_lens_q": "packed sequences, from the data collator",
-    "cu_seq_lens_k": "packed sequences, from the data collator",
-    "max_length_q": "packed sequences, from the data collator",
-    "max_length_k": "packed sequences, from the data collator",
     "seq_idx": "packed sequences, from the data collator",
     "cache": "the paged cache of continuous batching",
     "output_attentions": 'config.output_attentions; attn_implementation="eager" returns attention weights',
 }
 
-# What else travels with a model's keyword arguments, and has no effect on attention. `position_ids` and
-# `sliding_window` are here because they are checked on their own.
+# Arguments that are read where they are needed.
+SUPPORTED_ARGUMENTS = frozenset(
+    {"cu_seq_lens_k", "cu_seq_lens_q", "position_ids", "s_aux", "sinks", "sliding_window", "softcap"}
+)
+
+# What else travels with a model's keyword arguments, and has no effect on attention.
 ARGUMENTS_WITHOUT_EFFECT = frozenset(
     {
         "cache_position",
         "deterministic",
         "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
         "mm_token_type_ids",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "past_key_values",
-        "position_ids",
         "return_dict",
-        "sliding_window",
         "token_type_ids",
         "use_cache",
     }
@@ -106,6 +111,9 @@ def triton_attention_forward(
     query (B, Hq, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv), attention_mask None or what `triton_attention_mask`
     returns, scaling 1/√D by default. `is_causal` defaults to the module's own.
 
+    Sequences that are packed into rows are kept apart: those of `cu_seq_lens_q` and `cu_seq_lens_k`, or, where
+    attention is causal and no mask hides a key, those whose `position_ids` do not go on from their left neighbour's.
+
     Returns the output (B, Q, Hq, Dv) and None for the attention weights. The output is 0 for queries that see no key,
     such as left padding, and with `module.training` for right padding too, which then costs nothing: leave padding out
     of the loss, with labels of -100.
@@ -114,79 +122,73 @@ def triton_attention_forward(
     supported, and TypeError for arguments that it does not know.
     """
     _check_arguments(module, attention_mask, query, key, dropout, kwargs)
-    if is_causal is None:
-        is_causal = _is_causal_of(module)
-    if is_causal and attention_mask is None:
-        _assert_not_packed(kwargs.get("position_ids"))
-    ranges = _ranges(query, key, attention_mask, is_causal, module.training)
-    out = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        ranges.b_start_loc,
-        ranges.b_seq_len,
-        is_causal=is_causal,
-        softmax_scale=scaling,
-        b_start_loc_k=ranges.b_start_loc_k,
-        b_seq_len_k=ranges.b_seq_len_k,
-        key_mask=None if attention_mask is None else attention_mask[:, 0, 0, :],
-    )
-    return cast(Tensor, out), None
+    pattern = None if attention_mask is None else MaskPattern.of(attention_mask)
+    is_causal = _is_causal(module, is_causal, pattern, query)
+    window_size = _window_size(module, pattern, is_causal, kwargs.get("sliding_window"), key)
+    sinks = kwargs.get("s_aux")
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "softmax_scale": scaling,
+        "window_size": window_size,
+        "softcap": kwargs.get("softcap") or 0.0,
+        "sinks": kwargs.get("sinks") if sinks is None else sinks,
+    }
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    ranges = packed_ranges(query, key, attention_mask, is_causal, module.training, **_packing(module, kwargs))
+    if ranges is None:
+        ranges = padded_ranges(query, key, attention_mask, is_causal, window_size, module.training)
+        out = attention(query, key, value, **ranges._asdict(), **options)
+        return cast(Tensor, out), None
+    rows = query.shape[:2]
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    out = attention(query, key, value, **ranges._asdict(), **options)
+    return cast(Tensor, out).unflatten(0, rows), None
 
 
-class Ranges(NamedTuple):
-    """Start and length of each row's queries, (B,) int32; of its keys too, unless they are the same."""
-
-    b_start_loc: Tensor
-    b_seq_len: Tensor
-    b_start_loc_k: Tensor | None = None
-    b_seq_len_k: Tensor | None = None
-
-
-def _ranges(query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool, is_training: bool) -> Ranges:
-    batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
-    start = torch.zeros(batch, dtype=torch.int32, device=query.device)
-    length = torch.full_like(start, q_length)
-    if attention_mask is None:
-        if q_length == kv_length:
-            return Ranges(start, length)
-        return Ranges(start, length, start, torch.full_like(start, kv_length))
-
-    start_k, length_k = from_mask(attention_mask[:, 0, 0, :])
-    if not is_causal:
-        # The keys' padding says nothing of the queries, not even where Q is K: this may be cross-attention.
-        return Ranges(start, length, start_k, length_k)
-    if q_length == kv_length and is_training:
-        return Ranges(start_k, length_k)
-    if q_length != 1:
-        # The op aligns the ends of both ranges, so the keys' has to end at the last query, even if that is padding. A
-        # single query sees all that is visible, so its keys need not go further.
-        has_room = attention_mask.shape[1] == 2
-        end_k = attention_mask[:, 1, 0, :].sum(-1, dtype=torch.int32) if has_room else kv_length
-        length_k = end_k - start_k
-    start = (q_length - length_k).clamp(min=0)
-    return Ranges(start, q_length - start, start_k, length_k)
-
-
-def _assert_not_packed(position_ids: Tensor | None) -> None:
-    """Stops the device where positions restart within a row: those are packed sequences, which no mask separates."""
-    if position_ids is None or position_ids.ndim > 2 or position_ids.shape[-1] == 1:
-        return
-    torch._assert_async(
-        (position_ids[..., 1:] > position_ids[..., :-1]).all(),
-        f"{ATTENTION_NAME}: position_ids restart within a row (packed sequences), which is not supported yet; "
-        "pad the sequences and pass an attention_mask",
-    )
-
-
-def _is_causal_of(module: nn.Module) -> bool:
-    is_causal = getattr(module, "is_causal", None)
+def _is_causal(module: nn.Module, given: bool | None, pattern: MaskPattern | None, query: Tensor) -> bool:
+    is_causal = getattr(module, "is_causal", None) if given is None else given
     if is_causal is None:
         raise ValueError(
             f"{_owner(module)}: is_causal was not given and the module has none; {ATTENTION_NAME} accepts True or "
             "False and never guesses it from the lengths"
         )
-    return is_causal
+    if pattern is None or pattern.is_causal == is_causal:
+        return is_causal
+    if query.shape[2] != 1:
+        raise ValueError(
+            f"{_owner(module)}: is_causal={is_causal} given, with an attention_mask made for {pattern.is_causal}"
+        )
+    return pattern.is_causal  # to a single query, which sees all that is visible, it makes no difference
+
+
+def _window_size(
+    module: nn.Module, pattern: MaskPattern | None, is_causal: bool, given: int | None, key: Tensor
+) -> tuple[int, int]:
+    """The window that the mask function found, of the configuration's size; the call may not say otherwise."""
+    if pattern is None or pattern.window == NO_WINDOW:
+        if given is not None and key.shape[2] > given:
+            raise ValueError(
+                f"{_owner(module)}: sliding_window={given} given for {key.shape[2]} keys, with an attention_mask that "
+                f"has no window; {ATTENTION_NAME} takes windows from its mask function"
+            )
+        return -1, -1
+    sliding_window: int = _config(module).sliding_window
+    accepted = [sliding_window]
+    if not is_causal and pattern.window != CENTRED:
+        accepted.append(sliding_window + 1)  # of ModernBERT, which counts the query itself
+    if given is not None and given not in accepted:
+        raise ValueError(
+            f"{_owner(module)}: sliding_window={given} given, config.sliding_window is {sliding_window}; "
+            f"{ATTENTION_NAME} accepts {accepted} with this mask"
+        )
+    return pattern.window_size(sliding_window)
+
+
+def _packing(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+    given = {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_ids")}
+    if (given["cu_seq_lens_q"] is None) != (given["cu_seq_lens_k"] is None):
+        raise ValueError(f"{_owner(module)}: cu_seq_lens_q and cu_seq_lens_k: one of them given; expected both or none")
+    return given
 
 
 def _check_arguments(
@@ -204,7 +206,7 @@ def _check_arguments(
             f"config.{field or DROPOUT_FIELDS[0]} to 0"
         )
     for name, given in kwargs.items():
-        if name in ARGUMENTS_WITHOUT_EFFECT or given is None or given is False:
+        if name in SUPPORTED_ARGUMENTS or name in ARGUMENTS_WITHOUT_EFFECT or given is None or given is False:
             continue
         if name in UNSUPPORTED_ARGUMENTS:
             raise NotImplementedError(
@@ -213,19 +215,21 @@ def _check_arguments(
         raise TypeError(
             f"{_owner(module)}: {ATTENTION_NAME} does not know the argument {name}, and whether it can be left out"
         )
-    window, batch, kv_length = kwargs.get("sliding_window"), key.shape[0], key.shape[2]
-    if window is not None and kv_length > window:
-        raise NotImplementedError(
-            f"{_owner(module)}: sliding_window={window} (config.sliding_window) with {kv_length} keys is not supported "
-            f"by {ATTENTION_NAME} yet; windows with room for every key are"
-        )
     if attention_mask is None:
         return
+    batch, kv_length = key.shape[0], key.shape[2]
     channels = (1,) if query.shape[2] == 1 else (1, 2)
-    if attention_mask.dtype != torch.bool or attention_mask.shape not in [(batch, c, 1, kv_length) for c in channels]:
+    is_ours = (
+        attention_mask.dtype == torch.bool
+        and attention_mask.ndim == 4
+        and 1 <= attention_mask.shape[1] <= NUM_PATTERNS
+        and attention_mask.shape[2] in channels
+        and (attention_mask.shape[0], attention_mask.shape[3]) in ((batch, kv_length), (1, 1))
+    )
+    if not is_ours:
         raise NotImplementedError(
             f"{_owner(module)}: attention_mask {describe(attention_mask)} given; {ATTENTION_NAME} accepts bool "
-            f"({batch}, 1, 1, {kv_length}), which its mask function makes from an attention_mask (B, K)"
+            f"({batch}, pattern, 1, {kv_length}), which its mask function makes from an attention_mask (B, K)"
         )
 
 

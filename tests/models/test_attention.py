@@ -80,6 +80,18 @@ def test_reads_nothing_back_from_the_device(q_length, kv_length, padding, is_cau
     assert out.shape == (2, q_length, 4, 16)
 
 
+@pytest.mark.parametrize("form", ["positions", "cumulative lengths"])
+def test_reads_nothing_of_packed_sequences_back_from_the_device(form):
+    with FakeTensorMode():
+        query, key = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+        lengths = torch.tensor([0, 4, 9])
+        packing = {"position_ids": torch.arange(9)[None]}
+        if form == "cumulative lengths":
+            packing = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+        out, _ = triton_attention_forward(torch.nn.Module(), query, key, key, None, is_causal=True, **packing)
+    assert out.shape == (1, 9, 4, 16)
+
+
 def test_a_fake_tensor_has_no_value():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.zeros(()).item()
@@ -107,6 +119,10 @@ def test_waits_for_nothing_on_a_gpu(padding):
             triton_attention_forward(
                 torch.nn.Module(), query, key, key, attention_mask, is_causal=True, position_ids=positions
             )
+        packed = torch.arange(2, device=DEVICE)[None]
+        triton_attention_forward(
+            torch.nn.Module(), query[:1], query[:1], query[:1], None, is_causal=True, position_ids=packed
+        )
 
     run()
     torch.cuda.set_sync_debug_mode("error")

@@ -5,14 +5,19 @@ import types
 import pytest
 import torch
 from torch._dynamo.exc import Unsupported
-from transformers import T5Config, T5ForConditionalGeneration, masking_utils
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    masking_utils,
+)
 
 from fa_ops.integrations.huggingface import UNSUPPORTED_ARGUMENTS, triton_attention_forward
-from fa_ops.integrations.huggingface_mask import triton_attention_mask
-from tests.models.tiny import ATTENTION_NAME, DEVICE, batch_of, cache_of, tiny_model, twins
-
-PACKED_POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]], device=DEVICE)
-RESTART = "position_ids restart within a row"
+from fa_ops.integrations.huggingface_mask import SLIDING, MaskPattern, triton_attention_mask
+from tests.models.tiny import ATTENTION_NAME, DEVICE, SIZES, batch_of, cache_of, tiny_model
 
 
 def call(attention_mask=None, module=None, **kwargs):
@@ -39,7 +44,7 @@ def test_unknown_argument():
         torch.zeros(2, 1, 5, 5),
         torch.zeros(2, 1, 1, 5),
         torch.ones(2, 1, 5, 5, dtype=torch.bool),
-        torch.ones(2, 4, 1, 5, dtype=torch.bool),
+        torch.ones(2, 13, 1, 5, dtype=torch.bool),
         torch.ones(2, 1, 1, 4, dtype=torch.bool),
         torch.ones(1, 1, 1, 5, dtype=torch.bool),
         torch.ones(2, 5, dtype=torch.bool),
@@ -47,7 +52,9 @@ def test_unknown_argument():
     ids=lambda mask: f"{str(mask.dtype)[6:]}-{tuple(mask.shape)}",
 )
 def test_masks_of_another_form(mask):
-    with pytest.raises(NotImplementedError, match=r"LlamaAttention of llama: attention_mask .* bool \(2, 1, 1, 5\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"LlamaAttention of llama: attention_mask .* bool \(2, pattern, 1, 5\)"
+    ):
         call(mask.to(DEVICE))
 
 
@@ -101,31 +108,76 @@ def test_relative_position_bias():
         model(input_ids=ids, decoder_input_ids=ids)
 
 
-def test_windows_that_hide_keys():
-    model, batch = tiny_model("mistral", sliding_window=8), batch_of("none")
-    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*sliding_window=8"):
-        model(batch.ids)
-    with pytest.raises(NotImplementedError, match=r"LlamaAttention of llama: sliding_window=4 .* with 5 keys"):
-        call(sliding_window=4)
-    past = cache_of("dynamic", model)
-    model(batch.ids[:, :8], past_key_values=past)
-    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay"):
-        model(batch.ids[:, 8:10], past_key_values=past)
+def test_chunked_attention():
+    config = Llama4TextConfig(
+        **SIZES, attention_chunk_size=8, intermediate_size_mlp=32, num_local_experts=2,
+        layer_types=["chunked_attention", "full_attention"], attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config).to(DEVICE).eval()
+    with pytest.raises(NotImplementedError, match=r"mask_function: chunked_overlay.* \(chunk_size=8\)"):
+        model(batch_of("none").ids)
 
 
-def test_windows_with_room_for_every_key():
-    model, batch = tiny_model("mistral", sliding_window=11), batch_of("left")
-    eager = twins(model)[0]
-    logits, expected = (m(batch.ids, attention_mask=batch.mask).logits[batch.is_token] for m in (model, eager))
-    torch.testing.assert_close(logits, expected)
+def test_image_tokens_that_see_each_other():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = Gemma3Config(
+        text_config={**SIZES, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=vision, mm_tokens_per_image=4, image_token_index=3, boi_token_index=4, eoi_token_index=5,
+        attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    model, ids = Gemma3ForConditionalGeneration(config).to(DEVICE).eval(), torch.full((1, 11), 9, device=DEVICE)
+    model(ids)
+    types_of_tokens = torch.zeros_like(ids)
+    ids[:, 2:6], types_of_tokens[:, 2:6] = 3, 1
+    with pytest.raises(NotImplementedError, match=r"mask_function: causal_mask_function \| blockwise_overlay"):
+        model(ids, token_type_ids=types_of_tokens, pixel_values=torch.randn(1, 3, 16, 16, device=DEVICE))
+
+
+@pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])
+def test_a_window_that_the_mask_does_not_have(is_masked):
+    number = MaskPattern(is_causal=True).number
+    mask = torch.ones(2, number, 1, 5, dtype=torch.bool, device=DEVICE) if is_masked else None
+    call(mask, sliding_window=5)
+    with pytest.raises(ValueError, match="LlamaAttention of llama: sliding_window=4 given for 5 keys, with an"):
+        call(mask, sliding_window=4)
+
+
+def test_a_window_of_another_size_than_the_masks():
+    module = tiny_model("mistral").model.layers[0].self_attn
+    mask = torch.ones(1, MaskPattern(True, SLIDING).number, 1, 1, dtype=torch.bool, device=DEVICE)
+    call(mask, module, sliding_window=8)
+    with pytest.raises(ValueError, match=r"sliding_window=4 given, config.sliding_window is 8; .* accepts \[8\]"):
+        call(mask, module, sliding_window=4)
+
+
+def test_a_window_of_another_size_than_the_configurations():
+    with pytest.raises(ValueError, match=r"a window of 4 given, config.sliding_window is 8 \(mistral\)"):
+        triton_attention_mask(
+            batch_size=3,
+            q_length=11,
+            kv_length=11,
+            mask_function=masking_utils.sliding_window_causal_mask_function(4),
+            config=tiny_model("mistral").config,
+        )
+
+
+def test_a_mask_of_another_direction():
+    mask = torch.ones(2, MaskPattern(is_causal=True).number, 1, 5, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match="is_causal=False given, with an attention_mask made for True"):
+        call(mask, is_causal=False)
 
 
 @pytest.mark.parametrize(
     ("mask_function", "leaf"),
     [
         (masking_utils.chunked_causal_mask_function(4, torch.zeros(3, dtype=torch.long)), "chunked_overlay"),
-        (masking_utils.sliding_window_bidirectional_mask_function(4), "sliding_window_bidirectional_overlay"),
-        (masking_utils.packed_sequence_mask_function(PACKED_POSITIONS), "packed_sequence_mask_function"),
+        (
+            masking_utils.and_masks(
+                masking_utils.sliding_window_causal_mask_function(4), masking_utils.sliding_window_overlay(3)
+            ),
+            r"two windows \(4 and 3\)",
+        ),
         (
             masking_utils.or_masks(
                 masking_utils.causal_mask_function, masking_utils.sliding_window_bidirectional_overlay(2)
@@ -135,34 +187,46 @@ def test_windows_with_room_for_every_key():
         (masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k % 2 == 0), "<lambda>"),
         (torch.nn.Identity(), r"Identity\(\)"),
     ],
-    ids=["chunked", "bidirectional window", "packed", "union", "of the user", "no function"],
+    ids=["chunked", "two windows", "union", "of the user", "no function"],
 )
 def test_leaves_of_the_mask_function(mask_function, leaf):
     with pytest.raises(NotImplementedError, match=rf"mask_function: {leaf}"):
         triton_attention_mask(batch_size=3, q_length=11, kv_length=11, mask_function=mask_function)
 
 
-def test_packed_sequences_without_a_cache():
-    with pytest.raises(NotImplementedError, match="packed_sequence_mask_function"):
-        tiny_model("llama")(batch_of("none").ids, position_ids=PACKED_POSITIONS, use_cache=False)
-
-
-@pytest.mark.parametrize(
-    ("is_compiled", "use_cache", "message"),
-    [(False, True, RESTART), (True, True, RESTART), (True, False, "the mask is not plainly causal")],
-)
-def test_packed_sequences_stop_the_device(is_compiled, use_cache, message, fresh_compiler):
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_packed_sequences_over_earlier_keys_stop_the_device(is_compiled, fresh_compiler):
     # On the CPU: a failed assertion ends the CUDA context of a process.
-    model, ids = tiny_model("llama", num_hidden_layers=1).cpu(), batch_of("none").ids.cpu()
+    model, ids = tiny_model("llama", num_hidden_layers=1).cpu(), batch_of("none").ids[:1].cpu()
     forward = torch.compile(model, fullgraph=True, backend="aot_eager") if is_compiled else model
-    forward(ids, position_ids=torch.arange(5, 16)[None], use_cache=use_cache)
-    with pytest.raises(RuntimeError, match=message):
-        forward(ids, position_ids=PACKED_POSITIONS.cpu(), use_cache=use_cache)
+    past = cache_of("dynamic", model)
+    model(ids[:, :3], past_key_values=past)
+    forward(ids[:, 3:7], position_ids=torch.arange(3, 7)[None], past_key_values=past)
+    with pytest.raises(RuntimeError, match="position_ids restart within a row"):
+        forward(ids[:, 7:11], position_ids=torch.tensor([[7, 8, 0, 1]]), past_key_values=past)
 
 
-@pytest.mark.parametrize(
-    ("overlay", "leaf"), [("sliding", "sliding_window_overlay"), ("union", "or_masks"), ("of the user", "and_masks")]
-)
+def test_more_documents_than_provided_for_stop_the_device():
+    model = tiny_model("llama", num_hidden_layers=1).cpu()
+    ids = torch.ones(1, 66, dtype=torch.long)
+    model(ids, position_ids=torch.arange(66)[None])
+    with pytest.raises(RuntimeError, match="more documents than max_documents; give the cumulative lengths"):
+        model(ids, position_ids=torch.zeros_like(ids))
+
+
+def test_half_of_the_cumulative_lengths():
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k: one of them given"):
+        call(cu_seq_lens_q=torch.tensor([0, 10], device=DEVICE))
+
+
+def test_cumulative_lengths_with_padding():
+    mask = torch.ones(2, MaskPattern(is_causal=True).number, 1, 5, dtype=torch.bool, device=DEVICE)
+    lengths = torch.tensor([0, 10], device=DEVICE)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q, cu_seq_lens_k: given with an attention_mask"):
+        call(mask, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+
+
+@pytest.mark.parametrize(("overlay", "leaf"), [("union", "or_masks"), ("of the user", "and_masks")])
 def test_leaves_while_tracing(overlay, leaf, fresh_compiler):
     def masked():
         causal = masking_utils.causal_mask_function
@@ -177,7 +241,6 @@ def test_leaves_while_tracing(overlay, leaf, fresh_compiler):
             kv_length=11,
             mask_function=mask_function,
             attention_mask=torch.ones(3, 11, dtype=torch.bool),
-            local_size=4 if overlay == "sliding" else None,
             use_vmap=overlay == "of the user",
         )
 
