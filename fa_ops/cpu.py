@@ -67,27 +67,28 @@ def varlen_attention_cpu(
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0
     runs = list(_runs(q, k, start, length, start_k, length_k, key_mask, is_flash))
     jobs = [(run, block) for run in runs for block in _blocks(run, left, right)]
+    qh, kh, vh, outh, lseh = *map(_head_major, (q, k, v, out)), _batched(lse)
     if sum(run.num_seqs * (block.row_end - block.row) for run, block in jobs) < lse.numel() // max(1, q.shape[-2]):
         out.zero_()
         lse.fill_(float("-inf"))
     for run, block in jobs:
-        tensors = _rows(q, run, block), _keys(k, run, block), _keys(v, run, block)
+        tensors = _rows(qh, run, block), _keys(kh, run, block), _keys(vh, run, block)
         if is_flash:
             mask = _additive_mask(block, q.dtype)
             block_out, block_lse = flash_forward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
         else:
             block_out, block_lse = _plain_attend(*tensors, block, scale, softcap)
-        _rows(out, run, block).copy_(block_out)
-        _lse_rows(lse, run, block).copy_(block_lse)
+        _rows(outh, run, block).copy_(block_out)
+        _rows(lseh, run, block).copy_(block_lse)
     if sinks is not None:
         for run in runs:
-            _add_sinks(out, lse, sinks, run)
+            _add_sinks(outh, lseh, sinks, run)
 
 
 def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor, run: Run) -> None:
     """One more score for every row of the run, with no value."""
     every = Block(0, run.row_end - run.row, 0, 0, False, None)
-    before, rows = _lse_rows(lse, run, every), _rows(out, run, every)
+    before, rows = _rows(lse, run, every), _rows(out, run, every)
     after = torch.logaddexp(before, sinks.float()[:, None])
     rows.copy_(rows * torch.where(before == float("-inf"), 0.0, torch.exp(before - after))[..., None])
     before.copy_(after)
@@ -104,22 +105,24 @@ def varlen_attention_backward_cpu(
         grad.zero_()
     q, scale, factor = _with_positive_scale(q, scale)
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0 and dlse is None
+    qh, kh, vh, outh, douth, dqh, dkh, dvh = map(_head_major, (q, k, v, out, dout, dq, dk, dv))
+    lseh, dlseh = _batched(lse), None if dlse is None else _batched(dlse)
     for run in _runs(q, k, start, length, start_k, length_k, key_mask, is_flash):
         sums = _KeyGradients(run)
         for block in _blocks(run, left, right):
             tensors = (
-                _rows(dout, run, block), _rows(q, run, block), _keys(k, run, block), _keys(v, run, block),
-                _rows(out, run, block), _lse_rows(lse, run, block),
+                _rows(douth, run, block), _rows(qh, run, block), _keys(kh, run, block), _keys(vh, run, block),
+                _rows(outh, run, block), _rows(lseh, run, block),
             )  # fmt: skip
             if is_flash:
                 mask = _additive_mask(block, q.dtype)
                 grads = flash_backward(*tensors, 0.0, block.is_causal, attn_mask=mask, scale=scale)
             else:
-                block_dlse = None if dlse is None else _lse_rows(dlse, run, block)
+                block_dlse = None if dlseh is None else _rows(dlseh, run, block)
                 grads = _plain_gradients(*tensors, block_dlse, block, scale, softcap)
-            _rows(dq, run, block).copy_(grads[0])
+            _rows(dqh, run, block).copy_(grads[0])
             sums.add(block, grads[1:])
-        sums.store(dk, dv)
+        sums.store(dkh, dvh)
     if factor != 1.0:
         dq *= factor
 
@@ -161,13 +164,21 @@ def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]
     return q * factor, scale, factor
 
 
+def _head_major(t: Tensor) -> Tensor:
+    """(B, H, S, D) of a padded (B, S, H, D) or packed (total, H, D) tensor; packed ones have B = 1."""
+    return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
+
+
+def _batched(lse: Tensor) -> Tensor:
+    """(B, H, S) of lse; packed ones have B = 1."""
+    return lse if lse.dim() == 3 else lse.unsqueeze(0)
+
+
 def _slice(t: Tensor, run: Run, first: int, end: int) -> Tensor:
-    """The rows [first, end) of a run as (sequences, H, rows, D)."""
-    stride_b, stride_t, stride_h, stride_d = t.stride() if t.dim() == 4 else (0, *t.stride())
-    offset = t.storage_offset() + run.seq * stride_b + first * stride_t
-    return t.as_strided(
-        (run.num_seqs, t.shape[-2], end - first, t.shape[-1]), (stride_b, stride_h, stride_t, stride_d), offset
-    )
+    """The rows [first, end) of a run, of a (B, H, S, D) or (B, H, S) tensor."""
+    if t.shape[0] != run.num_seqs:
+        t = t.narrow(0, run.seq, run.num_seqs)
+    return t.narrow(2, first, end - first)
 
 
 def _rows(t: Tensor, run: Run, block: Block) -> Tensor:
@@ -178,11 +189,6 @@ def _keys(t: Tensor, run: Run, block: Block) -> Tensor:
     if run.kept is None:
         return _slice(t, run, run.key + block.key, run.key + block.key_end)
     return _slice(t, run, run.key, run.key_end)[:, :, run.kept[block.key : block.key_end]]
-
-
-def _lse_rows(lse: Tensor, run: Run, block: Block) -> Tensor:
-    lse = lse if lse.dim() == 3 else lse.unsqueeze(0)
-    return lse[run.seq : run.seq + run.num_seqs, :, run.row + block.row : run.row + block.row_end]
 
 
 def _runs(
