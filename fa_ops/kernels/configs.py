@@ -26,7 +26,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120"
 # (kernel, has 32-bit elements): {architecture: tiles for HEAD_DIM_ROWS}
 TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
     ("forward", False): {
-        "sm_80": (Tile(64, 64, 4, 3), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+        "sm_80": (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
         "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         "sm_120": (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
