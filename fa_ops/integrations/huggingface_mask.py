@@ -43,8 +43,11 @@ class MaskPattern(NamedTuple):
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> "MaskPattern":
-        rest, window = divmod(attention_mask.shape[1] - 1, 3)
-        return cls(is_causal=rest % 2 == 1, window=window, is_packed=rest // 2 == 1)
+        # compared, not computed: while tracing, the size may be symbolic, and what follows from it must not be
+        for number, pattern in PATTERNS.items():
+            if attention_mask.shape[1] == number:
+                return pattern
+        raise ValueError(f"attention_mask: size {attention_mask.shape[1]} of dimension 1 is no pattern's number")
 
     def window_size(self, sliding_window: int) -> tuple[int, int]:
         """Keys that a query sees before and behind its own position."""
@@ -55,7 +58,16 @@ class MaskPattern(NamedTuple):
         return (sliding_window - 1, 0) if self.is_causal else (sliding_window, sliding_window)
 
 
-NUM_PATTERNS = MaskPattern(is_causal=True, window=CENTRED, is_packed=True).number
+PATTERNS = {
+    pattern.number: pattern
+    for pattern in (
+        MaskPattern(is_causal, window, is_packed)
+        for is_packed in (False, True)
+        for is_causal in (False, True)
+        for window in range(3)
+    )
+}
+NUM_PATTERNS = len(PATTERNS)
 
 
 def triton_attention_mask(

@@ -19,6 +19,7 @@ from fa_ops.integrations.huggingface_mask import (
     CENTRED,
     NO_WINDOW,
     NUM_PATTERNS,
+    PATTERNS,
     SLIDING,
     MaskPattern,
     triton_attention_mask,
@@ -145,3 +146,17 @@ def test_packed_sequences_are_marked_where_they_begin():
     made = mask(5, 5, mask_function=and_masks(causal_mask_function, packed))
     assert MaskPattern.of(made) == MaskPattern(is_causal=True, is_packed=True)
     assert rows(made) == [[1, 0, 1, 1, 0], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_pattern_is_constant_under_dynamic_shapes():
+    """A model that was compiled for several kinds of masks gets their sizes as symbols."""
+
+    def read(mask: torch.Tensor) -> tuple:
+        return mask.sum(), *MaskPattern.of(mask)
+
+    compiled = torch.compile(read, backend="eager", fullgraph=True, dynamic=True)
+    for number, pattern in list(PATTERNS.items())[::2]:
+        _, *found = compiled(torch.ones(2, number, 1, 5, dtype=torch.bool))
+        assert MaskPattern(*found) == pattern
+        assert type(found[0]) is bool
