@@ -68,11 +68,9 @@ def _varlen_attention(
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
-    # the kernels read them without strides
-    b_start_loc, b_seq_len = b_start_loc.contiguous(), b_seq_len.contiguous()
-    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
-    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    b_start_loc, b_seq_len, start_k, length_k, sinks = _contiguous_metadata(
+        b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
+    )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
     if q.device.type == "cpu" and not IS_INTERPRETED:
@@ -142,11 +140,9 @@ def _varlen_attention_backward(
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
     checks.check_gradients(out, lse, dout, dlse)
-    # the kernels read them without strides
-    b_start_loc, b_seq_len = b_start_loc.contiguous(), b_seq_len.contiguous()
-    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
-    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    b_start_loc, b_seq_len, start_k, length_k, sinks = _contiguous_metadata(
+        b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
+    )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
     if dout.stride(-1) != 1:
@@ -197,6 +193,20 @@ def _varlen_attention_backward(
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+
+
+def _contiguous_metadata(
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor | None,
+    b_seq_len_k: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The kernels read them without strides; the keys' ranges are the queries' unless given."""
+    b_start_loc, b_seq_len = b_start_loc.contiguous(), b_seq_len.contiguous()
+    start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
+    length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
+    return b_start_loc, b_seq_len, start_k, length_k, None if sinks is None else sinks.contiguous()
 
 
 def _sink_gradients(q: Tensor, sinks: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor:

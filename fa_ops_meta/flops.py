@@ -9,62 +9,22 @@ all packed rows. (It bounds key ranges that do not overlap.)
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def attention_flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b_start_loc: Tensor,
-    b_seq_len: Tensor,
-    max_input_len: int | None = None,
-    is_causal: bool = True,
-    softmax_scale: float | None = None,
-    b_start_loc_k: Tensor | None = None,
-    b_seq_len_k: Tensor | None = None,
-    max_input_len_k: int | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    *args,
-    **kwargs,
-) -> int:
+def attention_flops(*args: Any, **kwargs: Any) -> int:
     """FLOPs of `modelopt::varlen_attention`. Takes the op's arguments."""
-    pairs = _count_all_pairs(
-        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, is_causal, window_left, window_right
-    )
-    return 2 * pairs * (q.shape[-1] + v.shape[-1])
+    given = _bind(torch.ops.modelopt.varlen_attention.default, args, kwargs)
+    return 2 * _count_all_pairs(given) * (given["q"].shape[-1] + given["v"].shape[-1])
 
 
-def attention_backward_flops(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    block_bits: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b_start_loc: Tensor,
-    b_seq_len: Tensor,
-    max_input_len: int | None = None,
-    is_causal: bool = True,
-    softmax_scale: float | None = None,
-    b_start_loc_k: Tensor | None = None,
-    b_seq_len_k: Tensor | None = None,
-    max_input_len_k: int | None = None,
-    window_left: int = -1,
-    window_right: int = -1,
-    *args,
-    **kwargs,
-) -> int:
+def attention_backward_flops(*args: Any, **kwargs: Any) -> int:
     """FLOPs of `modelopt::varlen_attention_backward`. Takes the op's arguments."""
-    pairs = _count_all_pairs(
-        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, is_causal, window_left, window_right
-    )
-    return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
+    given = _bind(torch.ops.modelopt.varlen_attention_backward.default, args, kwargs)
+    return 2 * _count_all_pairs(given) * (3 * given["q"].shape[-1] + 2 * given["v"].shape[-1])
 
 
 def count_pairs(len_q: int, len_k: int, is_causal: bool, window_left: int = -1, window_right: int = -1) -> int:
@@ -103,28 +63,25 @@ def _sum_clamped(first: int, count: int, most: int) -> int:
     return sum_to(first + count) - sum_to(first)
 
 
-def _count_all_pairs(
-    q: Tensor,
-    k: Tensor,
-    b_start_loc: Tensor,
-    b_seq_len: Tensor,
-    b_start_loc_k: Tensor | None,
-    b_seq_len_k: Tensor | None,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-) -> int:
+def _bind(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An op's arguments by name, defaults included."""
+    arguments = op._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    positional = zip((argument.name for argument in arguments), args, strict=False)
+    return defaults | dict(positional) | kwargs
+
+
+def _count_all_pairs(given: dict[str, Any]) -> int:
     """Pairs of all query heads and sequences."""
-    lengths = _read_lengths(b_start_loc, b_seq_len, q.shape[-3])
-    if b_start_loc_k is None or b_seq_len_k is None:
-        b_start_loc_k, b_seq_len_k = b_start_loc, b_seq_len
-    lengths_k = _read_lengths(b_start_loc_k, b_seq_len_k, k.shape[-3])
+    q, k = given["q"], given["k"]
+    lengths = _read_lengths(given["b_start_loc"], given["b_seq_len"], q.shape[-3])
+    side = "" if given["b_seq_len_k"] is None else "_k"
+    lengths_k = _read_lengths(given["b_start_loc" + side], given["b_seq_len" + side], k.shape[-3])
     if lengths is None or lengths_k is None:
         num_seqs = 1 if q.dim() == 3 else q.shape[0]
         lengths, lengths_k = [q.shape[-3]] * num_seqs, [k.shape[-3]] * num_seqs
-    heads = q.shape[-2]
-    return heads * sum(
-        count_pairs(len_q, len_k, is_causal, window_left, window_right)
+    return q.shape[-2] * sum(
+        count_pairs(len_q, len_k, given["is_causal"], given["window_left"], given["window_right"])
         for len_q, len_k in zip(lengths, lengths_k, strict=True)
     )
 

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
+    dot_rows,
     is_visible,
     key_range,
     load_own_rows,
@@ -60,13 +62,13 @@ def _accumulate_dq(
         is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = dot_rows(q, k)
     derivative = 1.0
     if HAS_SOFTCAP:
         derivative = tanh_derivative(s * cap_scale)
         s = tanh(s * cap_scale)
     p = _probabilities(s, lse[:, None], scale, q.dtype == tl.float32)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = dot_rows(dout, v)
     ds = p * (dp - delta[:, None]) * derivative
     if MASKED:
         visible = is_visible(
@@ -78,7 +80,7 @@ def _accumulate_dq(
     return add_dot(dq, ds.to(k.dtype), k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, delta_ptr, dq_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
@@ -203,13 +205,13 @@ def _accumulate_dkv(
     dout = load_rows(
         dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, MASKED
     )
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    s = dot_rows(k, q)
     derivative = 1.0
     if HAS_SOFTCAP:
         derivative = tanh_derivative(s * cap_scale)
         s = tanh(s * cap_scale)
     p = _probabilities(s, lse[None, :], scale, q.dtype == tl.float32)
-    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    dp = dot_rows(v, dout)
     ds = p * (dp - delta[None, :]) * derivative
     if MASKED:
         visible = is_visible(
@@ -222,7 +224,7 @@ def _accumulate_dkv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,

@@ -44,7 +44,7 @@ TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_120": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
     },
     **{
-        (kernel, True): {arch: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)) for arch in ARCHITECTURES}
+        (kernel, True): {arch: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)) for arch in ARCHITECTURES}
         for kernel in ("forward", "dq", "dkv")
     },
 }

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
+    dot_rows,
     is_visible,
     key_range,
     load_own_rows,
@@ -47,7 +49,7 @@ def _attend(
         is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = dot_rows(q, k)
     if HAS_SOFTCAP:
         s = tanh(s * cap_scale)
     if MASKED:
@@ -72,7 +74,7 @@ def _attend(
     return acc, l_i, m_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, sinks_ptr,

@@ -18,6 +18,14 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SCAN_BLOCK = tl.constexpr(128)
+PART = tl.constexpr(16)
+
+# Arguments that count something, and so differ from call to call: no kernel is compiled anew because one of them is 1
+# or a multiple of 16.
+COUNTS = (
+    "num_seqs", "rows_q", "rows_k", "window_left", "window_right",
+    "stride_lb", "stride_lh", "stride_dlb", "stride_dlh", "stride_dlt", "stride_mb", "stride_ms",
+)  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +153,17 @@ def score_scales(softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         cap_scale = scale / tl.cast(softcap, tl.float32)
         scale = tl.cast(softcap, tl.float32)
     return cap_scale, scale
+
+
+@triton.jit
+def dot_rows(a, b):
+    """a b^T, summed over the head dimension. In float32 PART columns at a time, for the reason that `add_dot` gives."""
+    if a.dtype == tl.float32 and a.shape[1] > PART:
+        a = tl.permute(tl.reshape(a, (a.shape[0], a.shape[1] // PART, PART)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], b.shape[1] // PART, PART)), (1, 2, 0))
+        return tl.sum(tl.dot(a, b, input_precision="ieee"), 0)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision="ieee")
 
 
 @triton.jit

@@ -24,8 +24,6 @@ KERNELS = {
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
 FLOAT32_TENSORS = {"lse_ptr", "dlse_ptr", "delta_ptr"}
-# those of lse, its gradient and key_mask count rows, of which there may be any number
-ROW_COUNT_STRIDES = ("stride_l", "stride_dl", "stride_m")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def _pointer_type(name: str, dtype: str) -> str:
 def compile_kernel(
     kernel: str, arch: str, tile: Tile, dtype: str, head_dim: int, *, group_size: int = 4, **flags: bool
 ) -> Report:
-    """Compiles `kernel` for pointers, and strides but those that count rows, that are multiples of 16, as usual."""
+    """Compiles `kernel` for pointers and strides that are multiples of 16, as usual, as far as it asks."""
     fn = KERNELS[kernel]
     constants = {
         "GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
@@ -60,7 +58,7 @@ def compile_kernel(
         "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
-    for index, name in enumerate(fn.arg_names):
+    for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
@@ -68,12 +66,9 @@ def compile_kernel(
             attrs[(index,)] = [["tt.divisibility", 16]]
         elif name in ("softmax_scale", "softcap"):
             signature[name] = "fp32"
-        elif name in ("stride_ms", "stride_dlt"):
-            signature[name] = "constexpr"
-            constants[name] = 1
         else:
             signature[name] = "i32"
-            if name.startswith("stride") and not name.startswith(ROW_COUNT_STRIDES):
+            if not parameter.do_not_specialize:
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, {k: v for k, v in constants.items() if k in signature}, attrs)
     log = io.StringIO()

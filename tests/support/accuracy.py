@@ -27,7 +27,8 @@ class AccuracyError(AssertionError):
 def check_case(attention: Callable, case: Case, device: str = "cpu", is_lse_float32: bool = True) -> dict[str, Tensor]:
     """Runs a case forward and backward amid poison, applies every rule, and returns the results by name.
 
-    is_lse_float32: lse is held to what plain torch reaches in float32, whatever the dtype of the inputs.
+    is_lse_float32: lse is held to what plain torch reaches in float32, whatever the dtype of the inputs; for sums that
+        are rounded to nearest, as tensor cores do not.
     """
     pools: dict[str, ErrorPool] = {}
     for draw in range(DRAWS):
