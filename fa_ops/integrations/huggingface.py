@@ -218,19 +218,24 @@ def _check_arguments(
     if attention_mask is None:
         return
     batch, kv_length = key.shape[0], key.shape[2]
-    channels = (1,) if query.shape[2] == 1 else (1, 2)
-    is_ours = (
-        attention_mask.dtype == torch.bool
-        and attention_mask.ndim == 4
-        and 1 <= attention_mask.shape[1] <= NUM_PATTERNS
-        and attention_mask.shape[2] in channels
-        and (attention_mask.shape[0], attention_mask.shape[3]) in ((batch, kv_length), (1, 1))
-    )
-    if not is_ours:
+    if not _is_ours(attention_mask, query.shape[2], batch, kv_length):
         raise NotImplementedError(
             f"{_owner(module)}: attention_mask {describe(attention_mask)} given; {ATTENTION_NAME} accepts bool "
             f"({batch}, pattern, 1, {kv_length}), which its mask function makes from an attention_mask (B, K)"
         )
+
+
+def _is_ours(attention_mask: Tensor, q_length: int, batch: int, kv_length: int) -> bool:
+    """Whether it has the shape of a mask of `triton_attention_mask`."""
+    if attention_mask.dtype != torch.bool or attention_mask.ndim != 4:
+        return False
+    # compared one by one: while tracing, `in` does not compare symbolic sizes
+    rows, pattern, channels, keys = attention_mask.shape
+    return (
+        1 <= pattern <= NUM_PATTERNS
+        and (channels == 1 or (channels == 2 and q_length != 1))
+        and ((rows == batch and keys == kv_length) or (rows == 1 and keys == 1))
+    )
 
 
 def _config(module: nn.Module) -> Any:
