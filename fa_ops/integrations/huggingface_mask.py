@@ -264,9 +264,11 @@ def _traced(
     rows, head = torch.arange(batch_size, device=queries.device)[:, None], torch.zeros_like(queries[:1])
 
     def sees(distance: int) -> Tensor:
-        """(B, Q) whether queries see the key at a distance from them, as far as there are queries at that distance."""
-        at = queries[None, max(-distance, 0) : queries.shape[0] - max(distance, 0)]
-        return mask_function(rows, head, at, at + distance).expand(batch_size, -1)
+        """(B, Q) whether queries see the key at a distance from them; False where that is no query's position."""
+        # without a slice, whose size could be 1 for which torch.compile would make a frame of its own
+        keys, first, last = queries + distance, queries[0], queries[-1]
+        seen = mask_function(rows, head, queries[None], torch.clamp(keys, first, last)[None])
+        return seen.expand(batch_size, -1) & (keys >= first) & (keys <= last)
 
     is_as_assumed = sees(0).all()
     if not is_bidirectional:
@@ -277,9 +279,8 @@ def _traced(
         is_as_assumed,
         f"{ATTENTION_NAME}: the mask is not that of causal or bidirectional attention with a window of {local_size}",
     )
-    is_start = nn.functional.pad(~sees(-1), (1, 0), value=True)
     window, size = (NO_WINDOW, 0) if local_size is None else (SLIDING, local_size)
-    return Wanted(not is_bidirectional, window, size, document_starts=is_start)
+    return Wanted(not is_bidirectional, window, size, document_starts=~sees(-1))
 
 
 def describe(tensor: Tensor) -> str:

@@ -161,4 +161,4 @@ def test_example_trains_generates_and_saves(tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "model")
     assert model.config.byte_level is True
-    assert model.config.vocab_size == 257
+    assert model.config.vocab_size == 264
