@@ -74,7 +74,7 @@ def _varlen_attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
     if q.device.type == "cpu" and not IS_INTERPRETED:
-        out, lse = torch.ops.modelopt._varlen_attention_cpu(
+        out, lse = torch.ops.modelopt._varlen_attention_cpu.default(
             q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap, window_left, right
         )
         return out, lse, *outputs.empty_skip(q)
@@ -148,7 +148,7 @@ def _varlen_attention_backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     if q.device.type == "cpu" and not IS_INTERPRETED:
-        dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu(
+        dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu.default(
             dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap,
             window_left, right,
         )  # fmt: skip
