@@ -66,7 +66,7 @@ clean:  ## remove environments, builds and caches
 $(VENV)/.installed: $(SET_UP)
 	$(call NEW_VENV,$(VENV))
 	$(VENV)/bin/python -m pip install -c constraints.txt setuptools
-	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[hf,plot,test]'
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[hf,plot,test,train]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
