@@ -41,6 +41,17 @@ VARIANTS = {
     "softcap": small_case(softcap=2.0),
     "sinks": small_case(has_sinks=True, lens_k=(4, 7)),
     "sinks_no_sequences": small_case(has_sinks=True, lens_q=()),
+    "window_over_a_cache": small_case(
+        is_padded=True, lens_q=(1, 1), lens_k=(9, 8), window_size=(3, 0), memory="head_major"
+    ),
+    "window_that_shows_nothing": small_case(lens_q=(9, 4), lens_k=(4, 6), window_size=(0, 0), is_causal=False),
+    "softcap_value_dim": small_case(softcap=2.0, value_dim=24, placement="gaps"),
+    "softcap_float16_padded": small_case(softcap=2.0, dtype=torch.float16, is_padded=True, key_mask="random"),
+    "sinks_fused_qkv": small_case(has_sinks=True, memory="fused_qkv", heads_kv=1, group_size=3),
+    "sinks_len_k_zero": small_case(has_sinks=True, lens_q=(3, 4), lens_k=(0, 6)),
+    "all_features_packed": small_case(
+        window_size=(4, 2), softcap=3.0, has_sinks=True, lens_q=(0, 5, 7), is_causal=False, index_dtype=torch.int64
+    ),
     "all_features_padded": small_case(
         is_padded=True, key_mask="hole", window_size=(4, -1), softcap=3.0, has_sinks=True, placement="left"
     ),
@@ -54,6 +65,10 @@ BACKWARD_VARIANTS = VARIANTS | {
     "dlse": small_case(has_dlse=True),
     "dlse_expanded": small_case(has_dlse=True, dout="expanded"),
     "dlse_padded": small_case(has_dlse=True, is_padded=True, key_mask="hole"),
+    "dlse_window_sinks": small_case(has_dlse=True, window_size=(2, -1), has_sinks=True),
+    "dlse_all_features_dout_transposed": small_case(
+        has_dlse=True, window_size=(2, 1), softcap=3.0, has_sinks=True, is_causal=False, dout="transposed"
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """The kernels under the accuracy rule, forward and backward, amid canaries and poisoned allocations."""
 
+import dataclasses
+import itertools
 from functools import partial
 
 import pytest
@@ -19,9 +21,21 @@ PROFILE = Profile(
     max_seqs=3,
 )
 CASES = [draw_case(PROFILE, seed) for seed in range(304)]
+# Windows, softcap and sinks, most often more than one of them.
+FEATURE_PROFILE = dataclasses.replace(PROFILE, max_len=64, max_rows_by_heads=200, feature_rate=0.6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def features(case: Case) -> tuple[bool, bool, bool]:
+    """Whether a window, a softcap and sinks are in use."""
+    return case.window_size != (-1, -1), case.softcap > 0, case.has_sinks
+
+
+FEATURE_CASES = [
+    case for case in (draw_case(FEATURE_PROFILE, seed) for seed in range(2000, 2220)) if any(features(case))
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *FEATURE_CASES], ids=str)
 def test_accuracy(case: Case):
     check_case(fa_ops.attention, case)
 
@@ -73,3 +87,58 @@ def _is_laid_out(case: Case, memory: str, is_padded: bool) -> bool:
 def test_cases_cover(what: str, is_covered):
     found = [case for case in CASES if is_covered(case)]
     assert len({case.dtype for case in found}) == 2, f"{what}: {len(found)} cases of {len(CASES)}"
+
+
+def test_there_are_enough_cases_of_features():
+    assert len({str(case) for case in FEATURE_CASES}) >= 200
+
+
+FEATURE_NAMES = ("window", "softcap", "sinks")
+COMBINATIONS = [chosen for chosen in itertools.product((False, True), repeat=3) if any(chosen)]
+
+
+@pytest.mark.parametrize(
+    ("what", "is_covered", "enough"),
+    [
+        *[
+            (" and ".join(itertools.compress(FEATURE_NAMES, chosen)), lambda case, c=chosen: features(case) == c, 12)
+            for chosen in COMBINATIONS
+        ],
+        *[(name, lambda case, i=i: features(case)[i], 100) for i, name in enumerate(FEATURE_NAMES)],
+        *[
+            (f"{name}, {layout}", lambda case, i=i, p=is_padded: features(case)[i] and case.is_padded == p, 40)
+            for i, name in enumerate(FEATURE_NAMES)
+            for layout, is_padded in (("packed", False), ("padded", True))
+        ],
+        *[
+            (
+                f"a window of {sides}, {'causal' if is_causal else 'full'}",
+                lambda case, s=has_sides, c=is_causal: (
+                    tuple(n >= 0 for n in case.window_size) == s and case.is_causal == c
+                ),
+                5,
+            )
+            for sides, has_sides in (
+                ("keys before", (True, False)),
+                ("keys behind", (False, True)),
+                ("both", (True, True)),
+            )
+            for is_causal in (False, True)
+        ],
+        *[
+            (f"{name} with {kind}", lambda case, i=i, has=has: features(case)[i] and has(case), 5)
+            for i, name in enumerate(FEATURE_NAMES)
+            for kind, has in (
+                ("a key_mask", lambda case: case.key_mask is not None),
+                ("a gradient of lse", lambda case: case.has_dlse),
+                ("queries without keys", lambda case: any(n > m for n, m in _lens(case))),
+                ("grouped heads", lambda case: case.group_size > 1),
+                ("a value head of another size", lambda case: case.head_dim != case.value_dim),
+            )
+        ],
+    ],
+)
+def test_cases_of_features_cover(what: str, is_covered, enough: int):
+    found = [case for case in FEATURE_CASES if is_covered(case)]
+    assert len(found) >= enough, f"{what}: {len(found)} cases of {len(FEATURE_CASES)}"
+    assert len({case.dtype for case in found}) == 2, what

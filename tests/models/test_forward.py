@@ -1,56 +1,63 @@
-"""Logits, losses and gradients against eager attention, under the accuracy rule."""
+"""Beside the matrix: prefill in chunks, mixed padding, autocast, rows of nothing, and positions of padding."""
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from tests.models.tiny import DEVICE, FAMILIES, PADDINGS, Batch, batch_of, cache_of, check_accuracy, tiny_model, twins
-from tests.support.accuracy import AccuracyError
+from tests.models import support
+from tests.models.checks import (
+    check_accuracy,
+    check_logits,
+    check_training,
+    compiled,
+    logits_in_chunks,
+    logits_of,
+    loss_and_gradients,
+    twins,
+)
+from tests.models.tiny import DEVICE, LENGTH, PADDINGS, Batch, batch_of, cache_of, mixed_batch, tiny_model
 
-
-def logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits of the tokens that are not padding, (tokens, vocabulary)."""
-    with torch.no_grad():
-        return model(batch.ids, attention_mask=batch.mask).logits[batch.is_token]
-
-
-def loss_and_gradients(model: PreTrainedModel, batch: Batch, forward=None) -> dict[str, torch.Tensor]:
-    model.train()
-    model.zero_grad()
-    loss = (model if forward is None else forward)(batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
-
-
-def check_training(model: PreTrainedModel, batch: Batch, forward=None) -> None:
-    eager, exact = (loss_and_gradients(twin, batch) for twin in twins(model))
-    ours = loss_and_gradients(model, batch, forward)
-    assert ours.keys() == exact.keys()
-    flat_ours, flat_exact, flat_eager = (torch.cat([t.flatten() for t in r.values()]) for r in (ours, exact, eager))
-    assert flat_exact.abs().max() > 1e-2
-    check_accuracy("gradients", flat_ours, flat_exact, flat_eager)
+SEVERAL_QUERIES = {
+    "within the window": (slice(0, 4), slice(4, 7), slice(7, 8), slice(8, LENGTH)),
+    "past the window": (slice(0, 9), slice(9, LENGTH)),
+    "one first": (slice(0, 1), slice(1, LENGTH)),
+}
 
 
+@pytest.mark.parametrize("chunks", SEVERAL_QUERIES)
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_of_tokens_equal_eager(family, padding):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", support.DECODERS)
+def test_prefill_in_chunks(family, cache, padding, chunks):
+    """Several queries behind keys of an earlier call, and before the room of a static cache."""
     model, batch = tiny_model(family), batch_of(padding)
-    eager, exact = (logits_of(twin, batch) for twin in twins(model))
-    check_accuracy("logits", logits_of(model, batch), exact, eager)
+    eager, exact = (logits_of(twin, batch, use_cache=False) for twin in twins(model))
+    ours = logits_in_chunks(model, batch, cache, chunks=SEVERAL_QUERIES[chunks])
+    check_accuracy("logits", ours, exact, eager)
+
+
+@pytest.mark.parametrize("cache", [None, "dynamic", "static"])
+@pytest.mark.parametrize("family", support.DECODERS)
+def test_mixed_padding(family, cache):
+    check_logits(tiny_model(family), mixed_batch(), cache)
+
+
+@pytest.mark.parametrize("family", [*support.DECODERS, *support.ENCODERS])
+def test_gradients_with_mixed_padding(family):
+    check_training(tiny_model(family), mixed_batch())
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_gradients_equal_eager(family, padding):
-    check_training(tiny_model(family), batch_of(padding))
-
-
-def test_the_checks_see_a_lost_mask():
-    model, batch = tiny_model("llama"), batch_of("left")
-    eager, exact = (logits_of(twin, batch) for twin in twins(model))
-    without_mask = model(batch.ids).logits[batch.is_token].detach()
-    with pytest.raises(AccuracyError, match="logits: max error"):
-        check_accuracy("logits", without_mask, exact, eager)
+@pytest.mark.parametrize("family", support.FAMILIES)
+def test_autocast(family, padding):
+    """Weights in float32, attention in bfloat16, forward and backward."""
+    model, batch = tiny_model(family), batch_of(padding, family)
+    eager, exact = twins(model)
+    expected = loss_and_gradients(exact, batch)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours, eagers = (loss_and_gradients(m, batch) for m in (model, eager))
+    assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+    flat = (torch.cat([t.flatten() for t in results.values()]) for results in (ours, expected, eagers))
+    check_accuracy("loss and gradients", *flat)
 
 
 @pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
@@ -68,37 +75,24 @@ def test_a_row_of_padding_alone_gives_no_nan(cache, is_training):
 @pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])
 def test_is_causal_false_in_the_configuration_means_bidirectional(is_masked):
     model, batch = tiny_model("llama", is_causal=False), batch_of("left" if is_masked else "none")
-    eager, exact = (logits_of(twin, batch) for twin in twins(model))
-    check_accuracy("logits", logits_of(model, batch), exact, eager)
-    causal = tiny_model("llama")
-    assert not torch.allclose(logits_of(causal, batch), exact.float(), atol=1e-2)
+    check_logits(model, batch)
+    causal = logits_of(tiny_model("llama"), batch)
+    assert not torch.allclose(logits_of(model, batch), causal, atol=1e-2)
 
 
-def test_autocast_with_float32_weights():
-    model, batch = tiny_model("qwen3"), batch_of("left")
-    with torch.autocast(DEVICE, torch.bfloat16):
-        ours = logits_of(model, batch)
-        eager = logits_of(twins(model)[0], batch)
-    check_accuracy("logits", ours, logits_of(twins(model)[1], batch), eager)
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_prefill_in_chunks(cache, padding):
-    """Several queries behind keys of an earlier call, and before the room of a static cache."""
-    batch = batch_of(padding)
-
-    def logits_in_chunks(model):
-        past, logits = cache_of(cache, model), []
-        for chunk in (slice(0, 4), slice(4, 9), slice(9, 10), slice(10, 11)):
-            mask = None if batch.mask is None else batch.mask[:, : chunk.stop]
-            with torch.no_grad():
-                output = model(batch.ids[:, chunk], attention_mask=mask, past_key_values=past)
-            logits.append(output.logits)
-        logits = torch.cat(logits, dim=1)
-        # Queries before the first key see none; those of right padding see what came before them.
-        return logits[batch.is_token.cumsum(-1) > 0]
-
-    model = tiny_model("llama")
-    eager, exact = (logits_in_chunks(twin) for twin in twins(model))
-    check_accuracy("logits", logits_in_chunks(model), exact, eager)
+@pytest.mark.parametrize("of_padding", [0, 1], ids=["positions 0", "positions 1"])
+@pytest.mark.parametrize("mode", ["eval", "train", "no cache", "compiled"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_left_padded_positions_are_not_packed_documents(family, mode, of_padding, fresh_compiler):
+    """They too restart. Without padding nothing else could tell them from documents."""
+    model, batch = tiny_model(family, num_hidden_layers=1).train(mode == "train"), batch_of("left")
+    positions = (batch.mask.cumsum(-1) - 1).masked_fill(batch.mask == 0, of_padding)
+    forward = compiled(model)[0] if mode == "compiled" else None
+    options = {"position_ids": positions, "use_cache": mode != "no cache"}
+    ours = logits_of(model, batch, forward, **options)
+    eager, exact = (logits_of(twin, batch, **options) for twin in twins(model))
+    check_accuracy("logits", ours, exact, eager)
+    for row, tokens in zip(batch.ids, batch.mask.sum(-1).tolist(), strict=True):
+        alone = logits_of(model, Batch(row[None, -tokens:]))
+        torch.testing.assert_close(ours[:tokens], alone)
+        ours = ours[tokens:]

@@ -1,33 +1,13 @@
-"""Greedy generation: the same tokens as eager attention, and a cache that nobody copies."""
+"""Generation beside the matrix: windows, assistants, holes, and a cache that nobody copies."""
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig
 
 from fa_ops import cpu
 from fa_ops.integrations import huggingface
-from tests.models.tiny import FAMILIES, PADDINGS, WINDOWED, Batch, batch_of, cache_of, families_of, tiny_model
-
-NEW_TOKENS = 32  # far beyond the windows of 8
-
-
-def greedy(model, batch: Batch, **options) -> torch.Tensor:
-    mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
-    tokens = model.generate(batch.ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
-    assert tokens.shape == (3, 11 + NEW_TOKENS)
-    return tokens
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_eager(family, padding, cache):
-    batch = batch_of(padding)
-    expected = greedy(tiny_model(family, "eager"), batch)
-    assert expected[:, 11:].unique().numel() > 5, "a model that repeats itself tests nothing"
-    tokens = greedy(tiny_model(family), batch, cache_implementation=cache, disable_compile=True)
-    assert torch.equal(tokens, expected)
+from tests.models import support
+from tests.models.checks import check_tokens, greedy
+from tests.models.tiny import Batch, batch_of, cache_of, mixed_batch, tiny_model
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -38,37 +18,24 @@ def test_the_window_matters(cache):
     assert not torch.equal(tokens, greedy(tiny_model("mistral", "eager", sliding_window=64), batch, **options))
 
 
-def test_assisted_decoding():
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", support.DECODERS)
+def test_mixed_padding(family, cache):
+    """Right padding leaves holes behind it, between the prompt and the new tokens."""
+    options = {"cache_implementation": cache, "disable_compile": True}
+    check_tokens(tiny_model(family), tiny_model(family, "eager"), mixed_batch(), **options)
+
+
+@pytest.mark.parametrize("family", support.DECODERS)
+def test_assisted_decoding(family):
     """Several queries at once over a cache that grows and shrinks."""
-    model, assistant, batch = tiny_model("mistral"), tiny_model("mistral", num_hidden_layers=1), batch_of("none")
-    batch = Batch(batch.ids[:1], None)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    tokens = model.generate(batch.ids, assistant_model=assistant, **options)
-    assert torch.equal(tokens, tiny_model("mistral", "eager").generate(batch.ids, **options))
-
-
-def check_compiled_decoding(family, backend):
-    model, counter = tiny_model(family), CompileCounterWithBackend(backend)
-    # generate() copies its configuration, a counter in it too, but not a function.
-    compile_config = CompileConfig(fullgraph=True, backend=lambda graph, inputs: counter(graph, inputs), mode=None)
-    compile_config._compile_all_devices = True
-    for padding in PADDINGS:
-        batch = batch_of(padding)
-        tokens = greedy(model, batch, cache_implementation="static", compile_config=compile_config)
-        assert torch.equal(tokens, greedy(tiny_model(family, "eager"), batch)), padding
-    # One with a mask, one without; and Transformers counts a window's positions in an int, once constant, then not.
-    assert 1 <= counter.frame_count <= (3 if family in WINDOWED else 2)
-
-
-@pytest.mark.parametrize("family", families_of("llama", "mistral"))
-def test_compiled_decoding(family, fresh_compiler):
-    check_compiled_decoding(family, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_decoding_with_inductor(family, fresh_compiler):
-    check_compiled_decoding(family, "inductor")
+    batch = Batch(batch_of("none").ids[:1])
+    check_tokens(
+        tiny_model(family),
+        tiny_model(family, "eager"),
+        batch,
+        assistant_model=tiny_model(family, num_hidden_layers=1, layer_types=["full_attention"]),
+    )
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

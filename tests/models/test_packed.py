@@ -1,81 +1,18 @@
-"""Packed sequences, in every form in which they come: each document as if it were alone."""
-
-import functools
+"""Packed documents beside the matrix: in how many graphs, by which positions, and when they are refused."""
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from fa_ops import varlen
-from tests.models.tiny import DEVICE, VOCABULARY, check_accuracy, tiny_model, twins
-from tests.support.accuracy import AccuracyError, ErrorPool
+from fa_ops.integrations.huggingface import ATTENTION_NAME, triton_attention_forward
+from tests.models.checks import check_accuracy, compiled, twins
+from tests.models.packing import LENGTHS, check_packed, documents_of, packed, results
+from tests.models.tiny import DEVICE, SIZES, tiny_model
+from tests.support.accuracy import AccuracyError
 
-LENGTHS = (12, 1, 3, 15, 1)  # some longer than the windows of 8
-FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss")
-FORMS = ("positions", "positions, no cache", "cumulative lengths")
-
-
-DRAWS = 4
-
-
-def documents_of(rows: int = 1, seed: int = 0) -> list[list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def document(length: int) -> torch.Tensor:
-        return torch.randint(2, VOCABULARY, (length,), generator=generator).to(DEVICE)
-
-    return [[document(length) for length in (*LENGTHS[i:], *LENGTHS[:i])] for i in range(rows)]
-
-
-def positions_of(documents: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([torch.arange(len(document), device=DEVICE) for document in documents])
-
-
-def packed(documents: list[list[torch.Tensor]], form: str) -> dict[str, torch.Tensor | bool | int]:
-    """A model's arguments."""
-    ids = torch.stack([torch.cat(row) for row in documents])
-    positions = torch.stack([positions_of(row) for row in documents])
-    if form == "cumulative lengths":
-        lengths = torch.tensor([len(document) for row in documents for document in row], device=DEVICE)
-        cu_seq_lens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        return {
-            "input_ids": ids, "position_ids": positions, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": 15, "max_length_k": 15,
-        }  # fmt: skip
-    return {"input_ids": ids, "position_ids": positions, "use_cache": form == "positions"}
-
-
-def results(model, documents, arguments=None, forward=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of all documents and the gradients of all parameters, packed or (without arguments) one by one."""
-    model.zero_grad()
-    if arguments is None:
-        logits = torch.cat([model(document[None]).logits[0] for row in documents for document in row])
-    else:
-        logits = (model if forward is None else forward)(**arguments).logits.flatten(0, 1)
-    targets = torch.cat([document for row in documents for document in row])
-    torch.nn.functional.cross_entropy(logits, targets).backward()
-    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def check(model, form, forward=None, of=documents_of) -> None:
-    pools = ErrorPool("logits"), ErrorPool("gradients")
-    for draw in range(DRAWS):
-        documents = of(seed=draw)
-        eager, exact = (results(twin, documents) for twin in twins(model))
-        for pool, ours, *of_twins in zip(
-            pools, results(model, documents, packed(documents, form), forward), exact, eager, strict=True
-        ):
-            pool.add(ours, of_twins[0], of_twins[1:])
-        if not any(pool.excess() for pool in pools):
-            return
-    raise AccuracyError("; ".join(filter(None, (pool.excess() for pool in pools))))
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_documents_equal_documents_alone(family, form, rows):
-    check(tiny_model(family).train(), form, of=functools.partial(documents_of, rows))
+LENGTH = sum(LENGTHS)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -92,38 +29,59 @@ def test_several_rows_with_a_cache_are_not_copied_to_look_for_documents(is_packe
         torch.testing.assert_close(model(**arguments).logits, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled(family, form, fresh_compiler):
-    model, counter = tiny_model(family), CompileCounterWithBackend("aot_eager")
-    check(model, form, torch.compile(model, fullgraph=True, backend=counter))
-    assert counter.frame_count == 1
-
-
 def test_one_graph_for_any_documents(fresh_compiler):
-    model, counter = tiny_model("llama", num_hidden_layers=1), CompileCounterWithBackend("aot_eager")
-    forward = torch.compile(model, fullgraph=True, backend=counter)
+    model = tiny_model("llama", num_hidden_layers=1)
+    forward, counter = compiled(model)
     for chosen in (slice(None), slice(3), slice(3, None), slice(1)):
-        check(model, "positions", forward, lambda seed, chosen=chosen: [documents_of(1, seed)[0][chosen]])
+        check_packed(model, "positions", forward=forward, chosen=chosen)
     assert 1 <= counter.frame_count <= 2
 
 
 def test_compiled_with_windows_and_a_cache(fresh_compiler):
     # What the mask function cannot know of packing then, the positions tell.
     model = tiny_model("mistral", num_hidden_layers=1)
-    check(model, "positions", torch.compile(model, fullgraph=True, backend="aot_eager"))
+    check_packed(model, "positions", forward=compiled(model)[0])
 
 
-def test_left_padded_positions_are_not_packed_sequences():
-    model, document = tiny_model("llama"), documents_of()[0][0]
-    ids = torch.cat((torch.zeros(4, dtype=torch.long, device=DEVICE), document))[None]
-    mask = (ids != 0).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+@pytest.mark.parametrize("shape", [(LENGTH,), (1, LENGTH), (2, LENGTH), (3, 1, LENGTH), (3, 2, LENGTH)], ids=str)
+def test_shapes_of_positions(shape):
+    """Outputs and gradients of the attention function itself: each document as if it were alone."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    module = torch.nn.Module()
+    positions = torch.stack([torch.cat([torch.arange(len(d)) for d in row]) for row in documents_of(rows)])
+    positions = positions.to(DEVICE).expand(shape) if len(shape) > 1 else positions[0].to(DEVICE)
+    query, key, value = (torch.randn(rows, heads, LENGTH, 16, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+
+    def attend(*of_document, **options):
+        return triton_attention_forward(module, *of_document, None, is_causal=True, **options)[0]
+
+    out = attend(query, key, value, position_ids=positions)
+    alone = torch.zeros_like(out)
+    for row, documents in enumerate(documents_of(rows)):
+        end = 0
+        for document in documents:
+            start, end = end, end + len(document)
+            alone[row, start:end] = attend(*(t[row, None, :, start:end] for t in (query, key, value)))[0]
+    torch.testing.assert_close(out, alone)
+    dout = torch.randn_like(out)
+    of_each = (torch.autograd.grad(result, (query, key, value), dout, retain_graph=True) for result in (out, alone))
+    torch.testing.assert_close(*of_each)
+
+
+def test_a_model_with_positions_of_text_and_of_images():
+    """(4, B, S): the text's, and those along three axes, of which only the text's are the documents'."""
+    config = Qwen2_5_VLTextConfig(
+        **{**SIZES, "hidden_size": 64},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        attn_implementation=ATTENTION_NAME,
+    )
+    model, documents = Qwen2_5_VLTextModel(config).to(DEVICE).eval(), documents_of()
+    arguments = packed(documents, "positions")
+    arguments["position_ids"] = arguments["position_ids"].expand(4, -1, -1)
     with torch.no_grad():
-        alone = model(document[None]).logits
-        padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, 4:]
-    torch.testing.assert_close(padded, alone)
+        alone = torch.cat([model(document[None]).last_hidden_state[0] for document in documents[0]])
+        together = model(**arguments).last_hidden_state[0]
+    torch.testing.assert_close(together, alone)
 
 
 def test_positions_along_three_axes():

@@ -6,17 +6,28 @@ import pytest
 import torch
 from torch._dynamo.exc import Unsupported
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
     masking_utils,
 )
 
 from fa_ops.integrations.huggingface import UNSUPPORTED_ARGUMENTS, triton_attention_forward
 from fa_ops.integrations.huggingface_mask import SLIDING, MaskPattern, triton_attention_mask
+from tests.models import support
 from tests.models.tiny import ATTENTION_NAME, DEVICE, SIZES, batch_of, cache_of, tiny_model
 
 
@@ -99,26 +110,37 @@ def test_output_attentions():
         tiny_model("llama")(batch_of("none").ids, output_attentions=True)
 
 
-def test_relative_position_bias():
-    config = T5Config(
+POSITION_BIASES = {
+    "T5": (T5Config, T5ForConditionalGeneration),
+    "mT5": (MT5Config, MT5ForConditionalGeneration),
+    "UMT5": (UMT5Config, UMT5ForConditionalGeneration),
+    "LongT5": (LongT5Config, LongT5ForConditionalGeneration),
+    "Switch Transformers": (SwitchTransformersConfig, SwitchTransformersForConditionalGeneration),
+}
+
+
+def with_position_biases(name):
+    config_class, model_class = POSITION_BIASES[name]
+    config = config_class(
         vocab_size=97, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, attn_implementation=ATTENTION_NAME
     )
-    model, ids = T5ForConditionalGeneration(config).to(DEVICE).eval(), batch_of("none").ids
-    with pytest.raises(NotImplementedError, match=r"T5Attention of t5: position_bias"):
-        model(input_ids=ids, decoder_input_ids=ids)
+    ids = batch_of("none").ids
+    return model_class(config), {"input_ids": ids, "decoder_input_ids": ids}
 
 
-def test_chunked_attention():
+def doge(_):
+    return DogeForCausalLM(DogeConfig(**SIZES, attn_implementation=ATTENTION_NAME)), batch_of("none").inputs()
+
+
+def llama4(_):
     config = Llama4TextConfig(
         **SIZES, attention_chunk_size=8, intermediate_size_mlp=32, num_local_experts=2,
         layer_types=["chunked_attention", "full_attention"], attn_implementation=ATTENTION_NAME,
     )  # fmt: skip
-    model = Llama4ForCausalLM(config).to(DEVICE).eval()
-    with pytest.raises(NotImplementedError, match=r"mask_function: chunked_overlay.* \(chunk_size=8\)"):
-        model(batch_of("none").ids)
+    return Llama4ForCausalLM(config), batch_of("none").inputs()
 
 
-def test_image_tokens_that_see_each_other():
+def gemma3_with_images(_):
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 16, "patch_size": 8}  # fmt: skip
     config = Gemma3Config(
@@ -126,12 +148,33 @@ def test_image_tokens_that_see_each_other():
         vision_config=vision, mm_tokens_per_image=4, image_token_index=3, boi_token_index=4, eoi_token_index=5,
         attn_implementation=ATTENTION_NAME,
     )  # fmt: skip
-    model, ids = Gemma3ForConditionalGeneration(config).to(DEVICE).eval(), torch.full((1, 11), 9, device=DEVICE)
-    model(ids)
+    ids = torch.full((1, 11), 9, device=DEVICE)
     types_of_tokens = torch.zeros_like(ids)
     ids[:, 2:6], types_of_tokens[:, 2:6] = 3, 1
-    with pytest.raises(NotImplementedError, match=r"mask_function: causal_mask_function \| blockwise_overlay"):
-        model(ids, token_type_ids=types_of_tokens, pixel_values=torch.randn(1, 3, 16, 16, device=DEVICE))
+    image = torch.randn(1, 3, 16, 16, device=DEVICE)
+    inputs = {"input_ids": ids, "token_type_ids": types_of_tokens, "pixel_values": image}
+    return Gemma3ForConditionalGeneration(config), inputs
+
+
+REFUSED = {
+    **dict.fromkeys(POSITION_BIASES, (with_position_biases, r"Attention of \w+: position_bias")),
+    "Doge": (doge, r"DogeAttention of doge: attention_mask float32 \(3, 4, 11, 11\) given"),
+    "Llama-4": (llama4, r"mask_function: chunked_overlay.* \(chunk_size=8\)"),
+    "Gemma-3 with images": (gemma3_with_images, r"mask_function: causal_mask_function \| blockwise_overlay"),
+}
+
+
+@pytest.mark.parametrize("name", [name for names in support.REFUSED.values() for name in names])
+def test_refused_models(name):
+    of_name, message = REFUSED[name]
+    model, inputs = of_name(name)
+    with pytest.raises(NotImplementedError, match=message):
+        model.to(DEVICE).eval()(**inputs)
+
+
+def test_gemma3_without_images():
+    model, inputs = gemma3_with_images("")
+    assert model.to(DEVICE).eval()(torch.full_like(inputs["input_ids"], 9)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])

@@ -220,3 +220,91 @@ def test_tuning_tries_fewer_tiles_where_heads_are_wider(bench, kernel):
     shared_memory = importlib.import_module("fa_ops.kernels.configs").SHARED_MEMORY["sm_90"]
     counts = [len(bench.tune_portable.candidates(kernel, head_dim, shared_memory)) for head_dim in (64, 128, 256)]
     assert counts[0] > counts[1] > counts[2] > 0
+
+
+class TestModels:
+    """examples/benchmarks/models.py, on its tiny model."""
+
+    @pytest.fixture
+    def models(self, bench, monkeypatch):
+        pytest.importorskip("transformers")
+        module = importlib.import_module("models")
+        monkeypatch.setattr(module, "IMPLS", ("modelopt_triton", "sdpa", "eager"))
+        monkeypatch.setattr(module, "cells", lambda quick, cells=module.cells: cells(quick)[:3])
+        monkeypatch.setattr(module, "MAX_ROUNDS", 3)
+        monkeypatch.setenv("FA_OPS_COMMIT", "abc123")
+        yield module
+        del sys.modules["models"]
+
+    @staticmethod
+    def rows(models, tmp_path, *arguments):
+        status = models.main(["--device", "cpu", "--quick", "--output", str(tmp_path), *arguments])
+        with (tmp_path / "models-quick-cpu.csv").open() as file:
+            return status, list(csv.DictReader(file))
+
+    def test_smoke(self, models, tmp_path, capsys):
+        status, rows = self.rows(models, tmp_path)
+        assert status == 0
+        assert [row["impl"] for row in rows] == [*models.IMPLS] * 3
+        assert [(row["task"], row["layout"]) for row in rows[::3]] == [
+            ("prefill", "padded"),
+            ("prefill", "packed"),
+            ("decode", "padded"),
+        ]
+        for row in rows:
+            assert float(row["median_ms"]) > 0
+            assert float(row["difference"]) < 0.05
+            assert (row["commit"], row["torch"]) == ("abc123", torch.__version__)
+            assert not row["error"]
+        assert all(row["ours_over_impl"] for row in rows)
+        table = (tmp_path / "models-quick-cpu.md").read_text()
+        assert table in capsys.readouterr().out
+        assert sum(line.startswith(("| prefill", "| decode")) for line in table.splitlines()) == 3
+
+    def test_a_cell_that_raises_is_reported(self, models, tmp_path, monkeypatch):
+        def out_of_memory(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        implementations = importlib.import_module("transformers").AttentionInterface._global_mapping
+        monkeypatch.setitem(implementations, "sdpa", out_of_memory)
+        status, rows = self.rows(models, tmp_path)
+        assert status == 0, "what has nothing to be compared with does not differ"
+        by_impl = {row["impl"]: row for row in rows[:3]}
+        assert by_impl["modelopt_triton"]["unchecked"] == "sdpa: out of memory"
+        assert by_impl["modelopt_triton"]["median_ms"]
+        assert by_impl["sdpa"]["error"] == "out of memory"
+        assert not by_impl["sdpa"]["median_ms"]
+        assert "[1] out of memory" in (tmp_path / "models-quick-cpu.md").read_text()
+
+    def test_a_cell_that_differs_is_reported(self, models, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "fa_ops.integrations.huggingface.attention", lambda q, k, v, *args, **kwargs: torch.zeros_like(q)
+        )
+        status, rows = self.rows(models, tmp_path)
+        assert status == 1
+        assert all(row["error"].startswith("differs from sdpa by ") for row in rows[::3])
+        assert not any(row["error"] for row in rows if row["impl"] != "modelopt_triton")
+
+    def test_resumes_where_the_time_limit_ended_it(self, models, tmp_path, monkeypatch):
+        _, rows = self.rows(models, tmp_path, "--time-limit", "-1")
+        assert all(row["skipped"] == "not run: the time limit of -1 s had passed" for row in rows)
+        assert len(rows) == 9
+        _, first = self.rows(models, tmp_path, "--resume")
+        _, second = self.rows(models, tmp_path, "--resume", "--time-limit", "-1")
+        for row, again in zip(first, second, strict=True):
+            assert {**row, "ours_over_impl": ""} == {**again, "ours_over_impl": ""}
+        monkeypatch.setenv("FA_OPS_COMMIT", "another")
+        _, rows = self.rows(models, tmp_path, "--resume", "--time-limit", "-1")
+        assert all(row["skipped"] for row in rows)
+
+    def test_cells(self, models):
+        sizes = importlib.reload(models).cells(quick=False)
+        assert len(sizes) == len(set(sizes)) == 9 + 6 + 6
+        assert {workload.length for _, workload in sizes} == {2048, 8192, 32768}
+        for mode in models.MODES:
+            assert any(cell_mode == mode for cell_mode, _ in sizes)
+        for _, workload in sizes:
+            lengths = workload.lengths
+            assert lengths[0] == workload.length
+            assert len(set(lengths)) == workload.batch
+            assert min(lengths) >= workload.length // 2

@@ -1,0 +1,384 @@
+"""Prefill and decoding of a Llama of realistic shape: modelopt_triton against sdpa and flex_attention.
+
+    python examples/benchmarks/models.py [--quick] [--resume] [--device cpu|cuda] [--output DIR] [--time-limit SECONDS]
+
+Before a cell is timed, its logits are compared with those of sdpa. What fails, or runs out of memory or time, is a row
+with its reason. Writes DIR/models-<device>.csv and DIR/models-<device>.md. The exit status is 1 when modelopt_triton
+fails or differs. README.md beside this says how each figure is measured.
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from environment import describe, device_kind, version
+from report import Row
+from run import error_text, relative_difference
+from timing import Clock, CpuClock, CudaClock, interleave, summary
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+import fa_ops
+
+OURS, REFERENCE = "modelopt_triton", "sdpa"
+IMPLS = (OURS, REFERENCE, "flex_attention")
+MODES = ("eager", "default", "reduce-overhead")  # the last two of torch.compile
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 1024,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 64,
+}
+# rows of a prefill of the longest sequence; the order is that of the cells
+PREFILL_BATCH = {8192: 4, 32768: 2, 2048: 16}
+TINY_BATCH = {48: 2}
+DECODE_BATCH = 8
+STEPS = 8  # decoding steps of one sample
+MAX_ROUNDS, SECONDS_PER_CELL = 8, 3.0
+# Relative, in the Euclidean norm. Rounding to bfloat16 makes up to 0.05, a lost mask 0.5 and more.
+TOLERANCE = 0.2
+COLUMNS = (
+    "task", "layout", "length", "batch", "tokens", "cache", "compile", "impl",
+    "median_ms", "min_ms", "max_ms", "samples", "ours_over_impl", "difference", "unchecked", "peak_gib", "warmup_s",
+    "error", "skipped",
+    "device", "card", "clocks", "threads", "python", "torch", "triton", "transformers", "cuda", "cudnn", "driver",
+    "commit", "date",
+)  # fmt: skip
+CELL = ("task", "layout", "length", "batch", "compile")
+SETTING = ("device", "card", "torch", "triton", "transformers", "commit")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A prefill of `batch` sequences of different lengths, the first of which is `length` and the others at least half
+    of it, padded on the left or packed into one row; or one decoding step behind as many cached tokens."""
+
+    task: str  # "prefill" or "decode"
+    layout: str  # "padded" or "packed"
+    length: int
+    batch: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length - row * self.length // (2 * self.batch) for row in range(self.batch)]
+
+    def columns(self, mode: str, impl: str) -> Row:
+        cache = {"prefill": "none", "decode": "dynamic" if mode == "eager" else "static"}[self.task]
+        return {
+            "task": self.task, "layout": self.layout, "length": self.length, "batch": self.batch,
+            "tokens": sum(self.lengths), "cache": cache, "compile": mode, "impl": impl,
+        }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    setting = describe(options.device) | {"transformers": version("transformers")}
+    path = options.output / f"models-{'quick-' if options.quick else ''}{device_kind(options.device)}"
+    options.output.mkdir(parents=True, exist_ok=True)
+    done = finished_rows(path.with_suffix(".csv"), setting) if options.resume else []
+    rows: list[Row] = []
+    for row in bench(options, done):
+        rows.append(setting | row)
+        add_ratios(rows)
+        write_csv(rows, path.with_suffix(".csv"))  # each time: what a limit from outside ends can be resumed
+    path.with_suffix(".md").write_text(markdown(rows, setting))
+    print(path.with_suffix(".md").read_text())
+    return int(any(row["impl"] == OURS and row.get("error") for row in rows))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model and tiny lengths, to see the script work")
+    parser.add_argument("--resume", action="store_true", help="keep what the CSV has of this commit, card and "
+                        "versions, and go on where the time limit ended it")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
+    parser.add_argument("--time-limit", type=float, default=270, help="seconds after which no further cell is begun")
+    return parser.parse_args(arguments)
+
+
+def cells(quick: bool) -> list[tuple[str, Workload]]:
+    """(mode, workload), the most telling first."""
+    batches, decode_batch = (TINY_BATCH, 2) if quick else (PREFILL_BATCH, DECODE_BATCH)
+    prefills = [Workload("prefill", layout, *size) for size in batches.items() for layout in ("padded", "packed")]
+    decodings = [Workload("decode", "padded", length, decode_batch) for length in batches]
+    return [
+        *[("eager", workload) for workload in (*prefills, *decodings)],
+        *[(mode, workload) for mode in ("default", "reduce-overhead") for workload in decodings],
+        *[("default", workload) for workload in prefills],
+    ]
+
+
+def bench(options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
+    deadline = time.monotonic() + options.time_limit
+    known = {row_key(row): row for row in done}
+    models = make_models(TINY if options.quick else LLAMA, options.device)
+    references: dict[Workload, Tensor | str] = {}
+    for mode, workload in cells(options.quick):
+        for impl in IMPLS:
+            columns = workload.columns(mode, impl)
+            if row_key(columns) in known:
+                yield known[row_key(columns)]
+            elif time.monotonic() > deadline:
+                yield columns | {"skipped": f"not run: the time limit of {options.time_limit:g} s had passed"}
+            else:
+                print(*columns.values(), file=sys.stderr, flush=True)
+                if workload not in references:
+                    references[workload] = reference_logits(models[REFERENCE], workload)
+                yield columns | bench_cell(models[impl], workload, mode, references[workload])
+
+
+def make_models(sizes: dict[str, int], device: str) -> dict[str, PreTrainedModel]:
+    """One model for each implementation; they share their weights, which are random."""
+    fa_ops.register_triton_attention()
+    config = LlamaConfig(
+        **sizes,
+        max_position_embeddings=2 * max(PREFILL_BATCH),
+        initializer_range=1.75 * sizes["hidden_size"] ** -0.5,  # scores of deviation 3: attention tells keys apart
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    weights = {id(parameter): parameter for parameter in model.parameters()}
+    models = {}
+    for impl in IMPLS:
+        models[impl] = copy.deepcopy(model, dict(weights))
+        models[impl].set_attn_implementation(impl)
+    return models
+
+
+class Prefill:
+    """Calls of a model on all tokens at once; returns the logits that follow each sequence's last token."""
+
+    calls = 1  # of a sample
+
+    def __init__(self, model: PreTrainedModel, call: Callable, workload: Workload):
+        self.call = call
+        self.arguments = (packed if workload.layout == "packed" else padded)(workload, model)
+
+    def __call__(self) -> Tensor:
+        return self.call(**self.arguments, use_cache=False).logits.flatten(0, 1)
+
+
+class Decoding:
+    """One decoding step after another, as in `generate`: with a growing cache in eager mode, a static one compiled."""
+
+    calls = STEPS
+
+    def __init__(self, model: PreTrainedModel, call: Callable, workload: Workload):
+        self.model, self.call = model, call
+        self.seen, capacity = workload.length, workload.length + STEPS * (MAX_ROUNDS + 3)
+        is_eager = call is model
+        self.cache = DynamicCache(config=model.config) if is_eager else StaticCache(model.config, capacity)
+        generator = torch.Generator(model.device).manual_seed(0)
+        shape = (workload.batch, model.config.num_key_value_heads, workload.length, model.config.head_dim)
+        for layer in range(model.config.num_hidden_layers):
+            key, value = (
+                torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
+            )
+            self.cache.update(key, value, layer)
+        pads = workload.length - torch.tensor(workload.lengths, device=model.device)
+        self.mask = (torch.arange(capacity, device=model.device) >= pads[:, None]).long()
+        self.ids = torch.randint(model.config.vocab_size, (workload.batch, 1), generator=generator, device=model.device)
+
+    def __call__(self) -> Tensor:
+        self.seen += 1
+        mask = self.mask[:, : self.seen]
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids,
+            past_key_values=self.cache,
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            use_cache=True,
+        )
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.call(**inputs).logits[:, -1]
+
+
+TASKS: dict[str, Callable[..., Prefill | Decoding]] = {"prefill": Prefill, "decode": Decoding}
+
+
+def documents(workload: Workload, model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator(model.device).manual_seed(0)
+    return [
+        torch.randint(model.config.vocab_size, (length,), generator=generator, device=model.device)
+        for length in workload.lengths
+    ]
+
+
+def padded(workload: Workload, model: PreTrainedModel) -> Row:
+    """A model's arguments for documents in rows of their own, padded on the left."""
+    ids = torch.zeros(workload.batch, workload.length, dtype=torch.long, device=model.device)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents(workload, model)):
+        ids[row, -len(document) :], mask[row, -len(document) :] = document, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+
+
+def packed(workload: Workload, model: PreTrainedModel) -> Row:
+    """A model's arguments for all documents in one row, told apart by their positions."""
+    positions = [torch.arange(length, device=model.device) for length in workload.lengths]
+    ends = torch.tensor(workload.lengths, device=model.device).cumsum(0)
+    return {
+        "input_ids": torch.cat(documents(workload, model))[None],
+        "position_ids": torch.cat(positions)[None],
+        "logits_to_keep": ends - 1,
+    }
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, workload: Workload) -> Tensor | str:
+    """What sdpa gives in eager mode, or why it does not."""
+    try:
+        free_memory()
+        return TASKS[workload.task](model, model, workload)().clone()
+    except Exception as error:
+        return f"{REFERENCE}: {reason(error)}"
+
+
+def bench_cell(model: PreTrainedModel, workload: Workload, mode: str, reference: Tensor | str) -> Row:
+    on_cuda = model.device.type == "cuda"
+    row: Row = {}
+    try:
+        torch.compiler.reset()
+        free_memory()
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        run = TASKS[workload.task](model, model if mode == "eager" else torch.compile(model, mode=mode), workload)
+        row |= compared(run, reference) | timed(run, SynchronisedClock() if on_cuda else CpuClock())
+        if on_cuda:
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    except Exception as error:
+        row["error"] = reason(error)
+    return row
+
+
+@torch.no_grad()
+def compared(run: Prefill | Decoding, reference: Tensor | str) -> Row:
+    """The first call, which compiles, and the difference of its logits from the reference's."""
+    start = time.monotonic()
+    logits = run().clone()
+    finite = bool(logits.isfinite().all())  # waits for the device
+    row: Row = {"warmup_s": time.monotonic() - start}
+    if isinstance(reference, str):
+        return row | {"unchecked": reference}
+    row["difference"] = relative_difference(logits, reference)
+    if not finite or row["difference"] > TOLERANCE:
+        row["error"] = f"differs from {REFERENCE} by {row['difference']:.1e}, more than {TOLERANCE:g}"
+    return row
+
+
+def timed(run: Prefill | Decoding, clock: Clock) -> Row:
+    def sample() -> None:
+        for _ in range(run.calls):
+            run()
+
+    samples = interleave({"": SimpleNamespace(forward=sample)}, "forward", clock, MAX_ROUNDS, SECONDS_PER_CELL)[""]
+    return summary([milliseconds / run.calls for milliseconds in samples])
+
+
+class SynchronisedClock(CudaClock):
+    """Without the head start: where the device waits for Python, so does whoever generates."""
+
+    def begin_round(self) -> None:
+        torch.cuda.synchronize()
+
+
+def reason(error: Exception) -> str:
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else error_text(error)
+
+
+def free_memory() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def row_key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in (*CELL, "impl"))
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """ours_over_impl: the speed of modelopt_triton over that of the row's implementation, from medians."""
+    medians = {row_key(row): float(row["median_ms"]) for row in rows if row.get("median_ms")}
+    for row in rows:
+        ours = medians.get(row_key(row | {"impl": OURS}))
+        if ours and row_key(row) in medians:
+            row["ours_over_impl"] = medians[row_key(row)] / ours
+
+
+def finished_rows(path: Path, setting: Row) -> list[Row]:
+    """The rows of an earlier run of the same commit, card and versions that the time limit had not cut off."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [
+        row for row in rows if "skipped" not in row and all(row.get(name, "") == str(setting[name]) for name in SETTING)
+    ]
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
+
+
+def markdown(rows: list[Row], setting: Row) -> str:
+    """Milliseconds of each implementation in a row for each workload, and the reasons of those that have none."""
+    about = ("date", "card", "driver", "torch", "triton", "transformers", "commit")
+    lines = [
+        ", ".join(f"{name} {setting[name]}" for name in about if setting[name]),
+        "",
+        f"| | compiled | {' | '.join(IMPLS)} |",
+        f"|---|---|{'--:|' * len(IMPLS)}",
+    ]
+    by_key, reasons = {row_key(row): row for row in rows}, list[str]()
+    for row in rows:
+        if row["impl"] == OURS:
+            figures = [figure(by_key[row_key(row | {"impl": impl})], reasons) for impl in IMPLS]
+            name = f"{row['task']}, {row['layout']}, {row['batch']} × ≤ {row['length']}"
+            lines.append(f"| {name} | {row['compile']} | {' | '.join(figures)} |")
+    lines += ["", "Milliseconds of a prefill or of a decoding step; in brackets the speed of modelopt_triton over it."]
+    return "\n".join(lines + [f"- [{n}] {text}" for n, text in enumerate(reasons, 1)]) + "\n"
+
+
+def figure(row: Row, reasons: list[str]) -> str:
+    text = ""
+    if row.get("median_ms"):
+        text = f"{float(row['median_ms']):.4g}"
+        if row["impl"] != OURS and row.get("ours_over_impl"):
+            text += f" ({float(row['ours_over_impl']):.2f})"
+    why = row.get("error") or row.get("skipped")
+    if why:
+        if why not in reasons:
+            reasons.append(why)
+        text += f" [{reasons.index(why) + 1}]"
+    return text.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
