@@ -44,7 +44,8 @@ test-oldest: $(OLDEST)/.installed  ## kernels under the oldest Triton: compiled 
 
 test-gpu:  ## the GPU suite, on an NVIDIA GPU
 	@$(FRESH_CACHES) && \
-	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal tests/gpu tests/models
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(GPU_WORKERS) --dist worksteal \
+		tests/gpu tests/models -m "gpu or not slow"
 
 bench:  ## speed against the alternatives on whatever device is there
 	PYTHONPATH="$(CURDIR)" $(PYTHON) examples/benchmarks/run.py

@@ -198,9 +198,10 @@ def train(
             before, spent = spent, step + 1 if steps else history.seconds[-1]
             bar.set_description(f"training, {history.losses[-1] / math.log(2):.2f} bits per byte", refresh=False)
             bar.update(min(spent, budget) - min(before, budget))
-            shortest = min(shortest, spent - before)  # steps that compile do not tell what the next one will cost
-            if spent + shortest > budget:
-                break
+            if step:  # the first one compiles, and does not tell what the next will cost
+                shortest = min(shortest, spent - before)
+                if spent + shortest > budget:
+                    break
     return history
 
 

@@ -3,6 +3,7 @@
 A cell of the grid is a family with a kind of cache and of padding, compiled or not.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ from tests.models.checks import (
     twins,
 )
 from tests.models.packing import FORMS, check_packed
-from tests.models.tiny import PADDINGS, batch_of, tiny_model
+from tests.models.tiny import PADDINGS, Batch, batch_of, tiny_model
 from tests.support.accuracy import AccuracyError, ErrorPool
 
 README = Path(__file__).parents[2] / "README.md"
 STEPS = 30
+DRAWS = 8
 CURVE_TOLERANCE = 1e-3
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -161,7 +163,7 @@ def test_training(family, is_compiled):
     model = tiny_model(family)
     forward, counter = compiled(model) if is_compiled else (None, None)
     for padding in PADDINGS:
-        check_training(model, batch_of(padding, family), forward)
+        check_training(model, draws_of(padding, family), forward)
     assert counter is None or counter.frame_count == 2, "one with a mask, one without"
 
 
@@ -171,7 +173,7 @@ def test_training_with_inductor(family):
     model = tiny_model(family)
     forward, _ = compiled(model, "inductor")
     for padding in ("left", "right"):
-        check_training(model, batch_of(padding, family), forward)
+        check_training(model, draws_of(padding, family), forward)
 
 
 @pytest.mark.parametrize("family", support.FAMILIES)
@@ -180,6 +182,10 @@ def test_training_curve(family):
     ours, eager = (losses_of_training(tiny_model(family, name), batches) for name in ("modelopt_triton", "eager"))
     assert ours[-1] < ours[0] - 1, "a curve that stays where it is tests nothing"
     torch.testing.assert_close(ours, eager, rtol=0, atol=CURVE_TOLERANCE)
+
+
+def draws_of(padding: str, family: str) -> Iterator[Batch]:
+    return (batch_of(padding, family, seed=seed) for seed in range(DRAWS))
 
 
 def losses_of_training(model: PreTrainedModel, batches: list) -> torch.Tensor:
