@@ -188,9 +188,9 @@ def _tokens(padding: str, length: int, seed: int) -> tuple[Tensor, Tensor | None
     return ids.to(DEVICE), mask.long().to(DEVICE)
 
 
-def mixed_batch() -> Batch:
+def mixed_batch(seed: int = 1) -> Batch:
     """Padding before the tokens of a row, behind them, in between, and none."""
-    ids, _ = _tokens("none", LENGTH, seed=1)
+    ids, _ = _tokens("none", LENGTH, seed)
     mask = torch.tensor([[0] * 4 + [1] * 7, [1] * 8 + [0] * 3, [0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1]], device=DEVICE)
     return Batch(ids, mask)
 
