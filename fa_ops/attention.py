@@ -1,5 +1,6 @@
 """The public functions: their semantics, their arguments, what they add to the op."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,15 +70,22 @@ def attention(
         key_mask: (B, Sk) bool, padded layout only: False for keys to leave out inside a sequence's range (holes).
         deterministic: there is one form, and it is deterministic: the same inputs give the same bits, forward and
             backward, and a sequence's result does not depend on its neighbours.
-        skip_softmax_threshold: not implemented yet: anything but None raises.
-        skip_softmax_block: (query rows, keys) of a skip-softmax block, each 16, 32, 64 or 128.
+        skip_softmax_threshold: λ of skip-softmax (BLASST, arXiv 2512.12087): a block of keys whose scores all lie more
+            than -ln λ below the largest visited before, in every row of a block of queries that sees a key of it, is
+            dropped, as if masked. A float in (0, 1), or a float32 tensor (), (B,) or (B, Hq) on q's device, of which
+            values outside (0, 1) drop nothing. None: dense attention, bit for bit. Gradients are those of the blocks
+            that were kept.
+        skip_softmax_block: (query rows, keys) of a block, each 16, 32, 64 or 128, counted from a sequence's first
+            query and key. Part of the meaning, like the order in which blocks are visited: the first, then from the
+            last to the second. For one query the maximum starts anew, from the first block, in every 2048 keys.
         return_lse: also return lse.
-        return_skip_counts: not implemented yet: True raises.
+        return_skip_counts: also return the numbers of blocks, (2, B, Hq) int64: visited, and dropped of these.
 
     Returns:
-        out, like q with head dimension Dv, contiguous; rows that belong to no sequence or see no key are 0. With
-        ``return_lse`` (out, lse): lse is the natural logarithm of the softmax's denominator, float32, (Hq, total_q) or
-        (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are differentiable in q, k and v.
+        out, like q with head dimension Dv, contiguous; rows that belong to no sequence or see no key are 0. Or a tuple
+        of out and what is asked for, lse before counts: lse is the natural logarithm of the softmax's denominator,
+        float32, (Hq, total_q) or (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are
+        differentiable in q, k and v.
 
     Under autocast q, k and v are cast to its dtype. On CPU tensors the op loops over PyTorch's flash attention; on CUDA
     tensors (compute capability 8.0 or higher) it runs Triton kernels (FlashAttention-2, arXiv 2307.08691).
@@ -87,17 +95,17 @@ def attention(
         TypeError: a dtype that is not accepted.
         NotImplementedError: an argument of a later release, or forward-mode differentiation.
     """
-    if return_skip_counts:
-        raise NotImplementedError("return_skip_counts: True given; skip-softmax is not implemented yet, pass False")
-    if isinstance(skip_softmax_threshold, float):
-        raise NotImplementedError(
-            "skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None"
+    threshold = _threshold_tensor(skip_softmax_threshold, q)
+    if return_skip_counts and threshold is None:
+        raise ValueError(
+            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
+            "threshold or False"
         )
     checks.check_types(
         {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
         {
             "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
-            "skip_softmax_threshold": skip_softmax_threshold,
+            "skip_softmax_threshold": threshold,
         },
         {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
         {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
@@ -106,12 +114,13 @@ def attention(
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
     q, k, v = _autocast(q, k, v)
-    out, lse, _, _ = torch.ops.modelopt.varlen_attention(
+    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
         q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask, None,
-        deterministic is not False, skip_softmax_threshold, skip_softmax_block[0], skip_softmax_block[1],
+        deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
+    return out if len(results) == 1 else tuple(results)
 
 
 def varlen_attn(
@@ -174,6 +183,26 @@ def varlen_attn(
         b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k,
         window_size=window_size, return_lse=return_aux is not None and return_aux.lse,
     )  # fmt: skip
+
+
+def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | None:
+    if threshold is None or isinstance(threshold, Tensor):
+        return threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (float, int)):
+        raise TypeError(
+            f"skip_softmax_threshold: {type(threshold).__name__} given; accepted are a Tensor, a float and None"
+        )
+    if not threshold > 0.0:
+        raise ValueError(
+            f"skip_softmax_threshold: {threshold} given; accepted are floats in (0, 1), or None for dense attention"
+        )
+    if threshold >= 1.0:
+        warnings.warn(
+            f"skip_softmax_threshold: {threshold} given; from 1 on nothing is dropped: this is dense attention",
+            stacklevel=3,
+        )
+        return None
+    return torch.full((), threshold, dtype=torch.float32, device=q.device)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -78,8 +78,8 @@ def varlen_attention_cpu(
     if num_written < lse.numel() // max(1, q.shape[-2]):
         out.zero_()
         lse.fill_(float("-inf"))
-    row_views = _views(runs, [run.rows for run in runs], (_head_major(q), _head_major(out), _batched(lse)))
-    key_views = _views(runs, [run.keys for run in runs], (_head_major(k), _head_major(v)))
+    row_views = _views(runs, [run.rows for run in runs], (head_major(q), head_major(out), batched(lse)))
+    key_views = _views(runs, [run.keys for run in runs], (head_major(k), head_major(v)))
     for run, run_blocks, (q_run, out_run, lse_run), (k_run, v_run) in zip(
         runs, blocks, row_views, key_views, strict=True
     ):
@@ -117,9 +117,9 @@ def varlen_attention_backward_cpu(
     q, scale, factor = _with_positive_scale(q, scale)
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0 and dlse is None
     runs = list(_runs(q, k, start, length, start_k, length_k, key_mask, is_flash))
-    lses = [_batched(t) for t in (lse, dlse) if t is not None]
-    row_views = _views(runs, [run.rows for run in runs], (*map(_head_major, (dout, q, out, dq)), *lses))
-    key_views = _views(runs, [run.keys for run in runs], tuple(map(_head_major, (k, v, dk, dv))))
+    lses = [batched(t) for t in (lse, dlse) if t is not None]
+    row_views = _views(runs, [run.rows for run in runs], (*map(head_major, (dout, q, out, dq)), *lses))
+    key_views = _views(runs, [run.keys for run in runs], tuple(map(head_major, (k, v, dk, dv))))
     for run, (dout_run, q_run, out_run, dq_run, lse_run, *dlse_run), (k_run, v_run, dk_run, dv_run) in zip(
         runs, row_views, key_views, strict=True
     ):
@@ -180,12 +180,12 @@ def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]
     return q * factor, scale, factor
 
 
-def _head_major(t: Tensor) -> Tensor:
+def head_major(t: Tensor) -> Tensor:
     """(B, H, S, D) of a padded (B, S, H, D) or packed (total, H, D) tensor; packed ones have B = 1."""
     return (t if t.dim() == 4 else t.unsqueeze(0)).transpose(1, 2)
 
 
-def _batched(lse: Tensor) -> Tensor:
+def batched(lse: Tensor) -> Tensor:
     """(B, H, S) of lse; packed ones have B = 1."""
     return lse if lse.dim() == 3 else lse.unsqueeze(0)
 
@@ -237,13 +237,7 @@ def _runs(
     attention computes them, whose results do not depend on the size of a batch."""
     is_packed = q.dim() == 3
     is_grouped = is_flash and not is_packed and key_mask is None
-    rows_q, rows_k = q.shape[-3], k.shape[-3]
-    ranges = []
-    for first, count, first_k, count_k in zip(
-        start.tolist(), length.tolist(), start_k.tolist(), length_k.tolist(), strict=True
-    ):
-        row, key = min(max(first, 0), rows_q), min(max(first_k, 0), rows_k)
-        ranges.append((row, min(row + max(count, 0), rows_q), key, min(key + max(count_k, 0), rows_k)))
+    ranges = sequence_ranges(q, k, start, length, start_k, length_k)
     seq = 0
     while seq < len(ranges):
         row, row_end, key, key_end = ranges[seq]
@@ -256,6 +250,20 @@ def _runs(
                 kept = key_mask[seq, key:key_end].nonzero().squeeze(1)
             yield Run(0 if is_packed else seq, end - seq, (row, row_end), (key, key_end), kept)
         seq = end
+
+
+def sequence_ranges(
+    q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor
+) -> list[tuple[int, int, int, int]]:
+    """(first row, end, first key, end) of each sequence, clamped into the tensors."""
+    rows_q, rows_k = q.shape[-3], k.shape[-3]
+    ranges = []
+    for first, count, first_k, count_k in zip(
+        start.tolist(), length.tolist(), start_k.tolist(), length_k.tolist(), strict=True
+    ):
+        row, key = min(max(first, 0), rows_q), min(max(first_k, 0), rows_k)
+        ranges.append((row, min(row + max(count, 0), rows_q), key, min(key + max(count_k, 0), rows_k)))
+    return ranges
 
 
 def _blocks(run: Run, left: int, right: int) -> Iterator[Block]:

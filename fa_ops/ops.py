@@ -5,6 +5,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu
+from fa_ops import cpu_ops
 from fa_ops_meta import checks, flops, outputs
+from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 try:
     import triton
@@ -35,9 +37,6 @@ if IS_INTERPRETED:
         return kernel
 else:
     from torch.library import wrap_triton
-
-
-SINKS = 14  # its place among the op's arguments
 
 
 def _varlen_attention(
@@ -73,14 +72,21 @@ def _varlen_attention(
     )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     right = 0 if is_causal else window_right
+    threshold = _expand_threshold(skip_softmax_threshold, b_seq_len.shape[0], q.shape[-2])
+    skip_blocks = None if threshold is None else (skip_softmax_block_q, skip_softmax_block_k)
     if q.device.type == "cpu" and not IS_INTERPRETED:
-        out, lse = torch.ops.modelopt._varlen_attention_cpu.default(
-            q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap, window_left, right
-        )
-        return out, lse, *outputs.empty_skip(q)
+        tensors = (q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks)
+        numbers = (scale, softcap, window_left, right)
+        if skip_blocks is not None:
+            return cpu_ops.skip_forward(*tensors, threshold, *numbers, *skip_blocks)
+        return *cpu_ops.forward(*tensors, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     _require_triton(q)
     out, lse = outputs.empty_forward(q, v)
+    block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks)
+    if skip_blocks is not None:
+        block_bits.zero_()
+        counts.zero_()
     is_packed = q.dim() == 3
     if is_packed:
         # rows that belong to no sequence; in the padded layout the kernel writes them
@@ -88,22 +94,30 @@ def _varlen_attention(
         lse.fill_(float("-inf"))
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
     if num_seqs * rows_q == 0:
-        return out, lse, *outputs.empty_skip(q)
-    tile = _tile("forward", q, v)
+        return out, lse, block_bits, counts
+    tile = _tile("forward", q, v, skip_blocks)
     with _device_of(q):
         wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
             b_seq_len if key_mask is None else key_mask, lse if sinks is None else sinks,
+            *((lse, b_seq_len, b_seq_len) if threshold is None else (threshold, block_bits, counts)),
             scale, softcap, window_left, right, num_seqs, rows_q, rows_k,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask),
+            *_leading_strides(threshold), *_leading_strides(block_bits),
             GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
             IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return out, lse, *outputs.empty_skip(q)
+    return out, lse, block_bits, counts
+
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(_varlen_attention).parameters.items()}
+ARGUMENTS = list(DEFAULTS)
+SINKS = ARGUMENTS.index("sinks")
 
 
 def _varlen_attention_backward(
@@ -147,11 +161,15 @@ def _varlen_attention_backward(
     right = 0 if is_causal else window_right
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
+    skip_blocks = None if skip_softmax_threshold is None else (skip_softmax_block_q, skip_softmax_block_k)
     if q.device.type == "cpu" and not IS_INTERPRETED:
-        dq, dk, dv = torch.ops.modelopt._varlen_attention_backward_cpu.default(
-            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap,
-            window_left, right,
+        inputs = (
+            q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks, scale, softcap, window_left, right
         )  # fmt: skip
+        if skip_blocks is None:
+            dq, dk, dv = cpu_ops.backward(dout, dlse, out, lse, *inputs)
+        else:
+            dq, dk, dv = cpu_ops.skip_backward(dout, dlse, out, lse, block_bits, *inputs, *skip_blocks)
         delta = None
         if sinks is not None:
             delta = torch.einsum("...mhd,...mhd->...hm", out.float(), dout.float())
@@ -170,23 +188,31 @@ def _varlen_attention_backward(
     if is_empty:
         return dq, dk, dv, _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
     delta = torch.empty_like(lse)
-    index = (b_start_loc, b_seq_len, start_k, length_k, b_seq_len if key_mask is None else key_mask)
-    sizes = (scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v))
+    index = (
+        b_start_loc, b_seq_len, start_k, length_k,
+        b_seq_len if key_mask is None else key_mask, b_seq_len if skip_blocks is None else block_bits,
+    )  # fmt: skip
+    sizes = (
+        scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v),
+        *_leading_strides(block_bits),
+    )  # fmt: skip
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
         "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0,
         "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
+        "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
+        "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],
     }  # fmt: skip
     with _device_of(q):
-        tile = _tile("dq", q, v)
+        tile = _tile("dq", q, v, skip_blocks)
         wrap_triton(attention_backward_dq_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
             *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_dlse_strides(dlse),
             *_strides(dq), **constants, HAS_DLSE=dlse is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        tile = _tile("dkv", q, v)
+        tile = _tile("dkv", q, v, skip_blocks)
         wrap_triton(attention_backward_dkv_kernel)[_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
             *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_strides(dk), *_strides(dv), **constants,
@@ -207,6 +233,13 @@ def _contiguous_metadata(
     start_k = b_start_loc if b_start_loc_k is None else b_start_loc_k.contiguous()
     length_k = b_seq_len if b_seq_len_k is None else b_seq_len_k.contiguous()
     return b_start_loc, b_seq_len, start_k, length_k, None if sinks is None else sinks.contiguous()
+
+
+def _expand_threshold(threshold: Tensor | None, num_seqs: int, heads: int) -> Tensor | None:
+    """(B, Hq), without a copy."""
+    if threshold is None or threshold.dim() == 2:
+        return threshold
+    return threshold.reshape(-1, 1).expand(num_seqs, heads)
 
 
 def _sink_gradients(q: Tensor, sinks: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor:
@@ -252,15 +285,20 @@ def _mask_strides(key_mask: Tensor | None) -> tuple[int, int]:
     return (0, 1) if key_mask is None else (key_mask.stride(0), key_mask.stride(1))
 
 
+def _leading_strides(t: Tensor | None) -> tuple[int, int]:
+    """The first two, of a threshold (B, Hq) or of block_bits (Hq, tiles, words)."""
+    return (0, 0) if t is None or t.dim() < 2 else (t.stride(0), t.stride(1))
+
+
 def _grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
     """Enough tiles for any lengths: nothing is read back from the device to count them."""
     tiles = (rows + block - 1) // block
     return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
 
 
-def _tile(kernel: str, q: Tensor, v: Tensor) -> "Tile":
+def _tile(kernel: str, q: Tensor, v: Tensor, skip_blocks: tuple[int, int] | None) -> "Tile":
     arch = "interpreter" if q.device.type == "cpu" else _architecture(q.device)
-    return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32)
+    return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32, skip_blocks)
 
 
 @functools.cache
@@ -284,17 +322,23 @@ def _register_sharding_rules() -> None:
         sharding.register_sharding_rules()
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _register_sharding_rules()
-    checks.check_attention(q, k, v, *args)
-    return *outputs.empty_forward(q, v), *outputs.empty_skip(q)
+    checks.check_attention(*args)
+    given = dict(zip(ARGUMENTS, args, strict=False))
+    skip_blocks = None
+    if given.get("skip_softmax_threshold") is not None:
+        skip_blocks = [given.get(name, DEFAULTS[name]) for name in ("skip_softmax_block_q", "skip_softmax_block_k")]
+    q, k, v = args[:3]
+    return *outputs.empty_forward(q, v), *outputs.empty_skip(q, k, given["b_seq_len"], skip_blocks)
 
 
-def _fake_backward(dout, dlse, out, lse, block_bits, q: Tensor, k: Tensor, v: Tensor, *args):
+def _fake_backward(dout, dlse, out, lse, block_bits, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _register_sharding_rules()
-    checks.check_attention(q, k, v, *args)
+    checks.check_attention(*args)
     checks.check_gradients(out, lse, dout, dlse)
-    sinks = args[SINKS - 3] if len(args) > SINKS - 3 else None
+    q, k, v = args[:3]
+    sinks = dict(zip(ARGUMENTS, args, strict=False)).get("sinks")
     return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q, sinks)
 
 
@@ -318,37 +362,6 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     if args[SINKS] is not None:
         grads[SINKS] = dsinks
     return tuple(grads)
-
-
-_library = torch.library.Library("modelopt", "FRAGMENT")
-
-
-def _define_cpu_op(name: str, returns: str, schema: str, allocate: Callable, compute: Callable) -> None:
-    """An opaque op for CPU tensors alone: the lengths steer its loops, so nothing can trace it."""
-
-    def run(*args):
-        results = allocate(*args)
-        compute(*args, *results)
-        return results
-
-    _library.define(f"{name}({schema}) -> ({returns})", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CPU")
-    torch.library.register_fake(f"modelopt::{name}", allocate, lib=_library)
-
-
-_CPU_SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, "
-    "Tensor? key_mask, Tensor? sinks, float softmax_scale, float softcap, int window_left, int window_right"
-)
-_define_cpu_op(
-    "_varlen_attention_cpu", "Tensor, Tensor", _CPU_SCHEMA,
-    lambda q, k, v, *_: outputs.empty_forward(q, v), cpu.varlen_attention_cpu,
-)  # fmt: skip
-_define_cpu_op(
-    "_varlen_attention_backward_cpu", "Tensor, Tensor, Tensor",
-    f"Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CPU_SCHEMA}",
-    lambda dout, dlse, out, lse, q, k, v, *_: outputs.empty_backward(q, k, v), cpu.varlen_attention_backward_cpu,
-)  # fmt: skip
 
 
 def _define_op(name: str, body: Any, fake: Callable) -> Any:

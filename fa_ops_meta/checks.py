@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_ops_meta.skip import BLOCK_SIZES
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 DEVICES = ("cpu", "cuda", "meta")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-SKIP_SOFTMAX_BLOCKS = (16, 32, 64, 128)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -81,18 +82,14 @@ def check_attention(
             raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
     if not (math.isfinite(softcap) and softcap >= 0.0):
         raise ValueError(f"softcap: {softcap} given; it must be finite and positive, or 0.0 for none")
-    for name, value, what in (
-        ("block_table", block_table, "paged caches are"),
-        ("skip_softmax_threshold", skip_softmax_threshold, "skip-softmax sparsity is"),
-    ):
-        if value is not None:
-            raise NotImplementedError(f"{name}: a Tensor given; {what} not implemented yet, pass None")
+    if block_table is not None:
+        raise NotImplementedError("block_table: a Tensor given; paged caches are not implemented yet, pass None")
     for name, size in (
         ("skip_softmax_block_q (skip_softmax_block[0])", skip_softmax_block_q),
         ("skip_softmax_block_k (skip_softmax_block[1])", skip_softmax_block_k),
     ):
-        if size not in SKIP_SOFTMAX_BLOCKS:
-            raise ValueError(f"{name}: {size} given; accepted are {SKIP_SOFTMAX_BLOCKS}")
+        if size not in BLOCK_SIZES:
+            raise ValueError(f"{name}: {size} given; accepted are {BLOCK_SIZES}")
     _check_qkv(q, k, v)
     _check_scalars(softmax_scale, max_input_len, max_input_len_k)
     _check_ranges("", q, b_start_loc, b_seq_len)
@@ -101,6 +98,8 @@ def check_attention(
         _check_key_mask(k, key_mask)
     if sinks is not None:
         _check_sinks(q, sinks)
+    if skip_softmax_threshold is not None:
+        _check_threshold(q, b_seq_len, skip_softmax_threshold)
 
 
 def check_capability(major: int, minor: int, name: str) -> None:
@@ -252,3 +251,16 @@ def _check_sinks(q: Tensor, sinks: Tensor) -> None:
         raise TypeError(f"sinks: dtype {sinks.dtype} given; accepted are float16, bfloat16, float32")
     if sinks.device != q.device:
         raise ValueError(f"sinks: device {sinks.device} given; expected q's, {q.device}")
+
+
+def _check_threshold(q: Tensor, b_seq_len: Tensor, threshold: Tensor) -> None:
+    num_seqs, heads = b_seq_len.shape[0], q.shape[-2]
+    if threshold.shape not in ((), (num_seqs,), (num_seqs, heads)):
+        raise ValueError(
+            f"skip_softmax_threshold: shape {_shape(threshold)} given; accepted are (), (B,) = ({num_seqs},) and "
+            f"(B, Hq) = ({num_seqs}, {heads})"
+        )
+    if threshold.dtype != torch.float32:
+        raise TypeError(f"skip_softmax_threshold: dtype {threshold.dtype} given; accepted is float32")
+    if threshold.device != q.device:
+        raise ValueError(f"skip_softmax_threshold: device {threshold.device} given; expected q's, {q.device}")

@@ -3,9 +3,9 @@
 PyTorch's convention: 2 FLOPs for a multiply-add, matrix products alone. Each pair of a query and a key that attends
 takes two products of the heads' vectors in the forward (scores, out) and five in the backward (scores again, dP, dQ, dK
 and dV), whatever a kernel recomputes beyond that. Pairs are counted exactly from the lengths, which reads them from the
-device; the holes of a key_mask count as keys. Where lengths have no values to read (meta tensors, and subclasses: fake,
-functional, DTensor) the count is an upper bound from shapes: every row of a padded batch, or one sequence that holds
-all packed rows. (It bounds key ranges that do not overlap.)
+device; the holes of a key_mask count as keys, and so does what skip-softmax drops. Where lengths have no values to read
+(meta tensors, and subclasses: fake, functional, DTensor) the count is an upper bound from shapes: every row of a padded
+batch, or one sequence that holds all packed rows. (It bounds key ranges that do not overlap.)
 """
 
 import logging

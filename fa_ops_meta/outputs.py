@@ -1,7 +1,11 @@
 """Shape, dtype and strides of what the ops return: the fakes and the real ops both allocate here, so they agree."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fa_ops_meta.skip import BITS_PER_WORD
 
 
 def empty_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,9 +16,22 @@ def empty_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((*batch, heads, rows), dtype=torch.float32)
 
 
-def empty_skip(q: Tensor) -> tuple[Tensor, Tensor]:
-    """(block_bits uint8, counts int64) of skip-softmax: no elements while nothing is skipped."""
-    return q.new_empty((0,), dtype=torch.uint8), q.new_empty((0,), dtype=torch.int64)
+def empty_skip(q: Tensor, k: Tensor, b_seq_len: Tensor, skip_blocks: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Uninitialised (block_bits, counts) of skip-softmax with blocks of (query rows, keys); without elements if None.
+
+    block_bits (Hq, query tiles, words) int32: bit j of word w is the sequence's key block 32 w + j, set if it was kept.
+    A packed batch has ceil(total_q / block_q) + B tiles, its sequences' own numbered in a row; a padded one
+    B * ceil(Sq / block_q). counts (2, B, Hq) int64: blocks visited and dropped.
+    """
+    if skip_blocks is None:
+        return q.new_empty((0,), dtype=torch.int32), q.new_empty((0,), dtype=torch.int64)
+    block_q, block_k = skip_blocks
+    num_seqs, rows, heads = b_seq_len.shape[0], q.shape[-3], q.shape[-2]
+    tiles = (rows + block_q - 1) // block_q
+    tiles = tiles + num_seqs if q.dim() == 3 else tiles * num_seqs
+    blocks = (k.shape[-3] + block_k - 1) // block_k
+    bits = q.new_empty((heads, tiles, -(-blocks // BITS_PER_WORD)), dtype=torch.int32)
+    return bits, q.new_empty((2, num_seqs, heads), dtype=torch.int64)
 
 
 def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,11 @@ def _rules(names: list[str], outputs: tuple[str, ...], *arguments: Any) -> list[
         sharded |= {"lse": lse_heads, "dlse": lse_heads}
         if given.get("sinks") is not None:
             sharded |= {"sinks": Shard(0), "dsinks": Shard(0)}
+        threshold = given.get("skip_softmax_threshold")
+        if threshold is not None:
+            sharded |= {"block_bits": Shard(0), "counts": Shard(2)}
+            if threshold.ndim == 2:
+                sharded["skip_softmax_threshold"] = Shard(1)
         rules.append(_rule(sharded, outputs, given))
     return rules
 

@@ -4,6 +4,7 @@ With P = exp(S - lse), and delta = rowsum(dO * O) - dlse (which is how a gradien
 
     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
 
+Tiles divide the blocks of skip-softmax (skip.py), and those in a dropped block are passed over.
 A softcap multiplies dS by 1 - tanh^2. Sinks are in lse, and need nothing more for dQ, dK and dV.
 The dQ kernel runs first and leaves delta for the other. Rows that see no key (lse = -inf) take part in nothing.
 """
@@ -31,6 +32,7 @@ from fa_ops.kernels.primitives import (
     tanh_derivative,
     wrap_rows,
 )
+from fa_ops.kernels.skip import first_tile, was_kept
 
 
 @triton.jit
@@ -83,15 +85,16 @@ def _accumulate_dq(
 @triton.jit(do_not_specialize=COUNTS)
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, delta_ptr, dq_ptr,
-    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, block_bits_ptr,
     softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
+    stride_bh, stride_bt, stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
     stride_dob, stride_dot, stride_doh, stride_dlb, stride_dlh, stride_dlt, stride_dqb, stride_dqt, stride_dqh,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
+    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
     tile = tl.program_id(0)
@@ -152,25 +155,40 @@ def attention_backward_dq_kernel(
         full_end = full
     if m0 >= len_q:
         begin, full, full_end, end = 0, 0, 0, 0
+    if SKIP_BLOCK_Q:
+        tile_q = first_tile(b_seq_len_ptr, seq, rows_q, SKIP_BLOCK_Q, IS_PACKED) + m0 // SKIP_BLOCK_Q
+        bits_row_ptr = block_bits_ptr + head * stride_bh + tile_q * stride_bt
     if HAS_LEFT:
         for n0 in tl.range(begin, full, BLOCK_N):
+            is_kept = True
+            if SKIP_BLOCK_Q:
+                is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
+            if is_kept:
+                dq = _accumulate_dq(
+                    dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
+                    cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                )  # fmt: skip
+    for n0 in tl.range(full, full_end, BLOCK_N):
+        is_kept = True
+        if SKIP_BLOCK_Q:
+            is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
+        if is_kept:
             dq = _accumulate_dq(
                 dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
             )  # fmt: skip
-    for n0 in tl.range(full, full_end, BLOCK_N):
-        dq = _accumulate_dq(
-            dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-            cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
-        )  # fmt: skip
     for n0 in tl.range(full_end, end, BLOCK_N):
-        dq = _accumulate_dq(
-            dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-            cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
-        )  # fmt: skip
+        is_kept = True
+        if SKIP_BLOCK_Q:
+            is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
+        if is_kept:
+            dq = _accumulate_dq(
+                dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+            )  # fmt: skip
 
     dq = tl.where(sees_key[:, None], dq * tl.cast(softmax_scale, tl.float32), 0.0)
     offs_tile = wrap_rows(first, offs_tile, rows_q, IS_PACKED)
@@ -227,15 +245,16 @@ def _accumulate_dkv(
 @triton.jit(do_not_specialize=COUNTS)
 def attention_backward_dkv_kernel(
     q_ptr, k_ptr, v_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, block_bits_ptr,
     softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_lb, stride_lh, stride_mb, stride_ms, stride_dob, stride_dot, stride_doh,
+    stride_bh, stride_bt, stride_lb, stride_lh, stride_mb, stride_ms, stride_dob, stride_dot, stride_doh,
     stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
     tile = tl.program_id(0)
@@ -283,34 +302,50 @@ def attention_backward_dkv_kernel(
         full_end = full
     if n0 >= len_k:
         begin, full, full_end, end = 0, 0, 0, 0
+    if SKIP_BLOCK_Q:
+        tile_q = first_tile(b_seq_len_ptr, seq, rows_q, SKIP_BLOCK_Q, IS_PACKED)
     for member in range(GROUP_SIZE):
         head = head_kv * GROUP_SIZE + member
         q_head_ptr = q_ptr + batch * stride_qb + head * stride_qh
         dout_head_ptr = dout_ptr + batch * stride_dob + head * stride_doh
         lse_head_ptr = lse_ptr + batch * stride_lb + head * stride_lh
         delta_head_ptr = delta_ptr + batch * stride_lb + head * stride_lh
+        if SKIP_BLOCK_Q:
+            bits_ptr = block_bits_ptr + head * stride_bh + tile_q * stride_bt
         if HAS_RIGHT:
             for m0 in tl.range(begin, full, BLOCK_M):
+                is_kept = True
+                if SKIP_BLOCK_Q:
+                    is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
+                if is_kept:
+                    dk, dv = _accumulate_dkv(
+                        dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                        q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                        window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                    )  # fmt: skip
+        for m0 in tl.range(full, full_end, BLOCK_M):
+            is_kept = True
+            if SKIP_BLOCK_Q:
+                is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
+            if is_kept:
                 dk, dv = _accumulate_dkv(
                     dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
                     q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
-                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
                 )  # fmt: skip
-        for m0 in tl.range(full, full_end, BLOCK_M):
-            dk, dv = _accumulate_dkv(
-                dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
-                window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
-            )  # fmt: skip
         for m0 in tl.range(full_end, end, BLOCK_M):
-            dk, dv = _accumulate_dkv(
-                dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
-                q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
-                window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
-            )  # fmt: skip
+            is_kept = True
+            if SKIP_BLOCK_Q:
+                is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
+            if is_kept:
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above
     dk = tl.where(is_key[:, None], dk * tl.cast(softmax_scale, tl.float32), 0.0)

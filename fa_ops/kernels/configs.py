@@ -62,10 +62,23 @@ def block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def select_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int, is_float32: bool) -> Tile:
-    """The tile of `kernel` ("forward", "dq" or "dkv") on `arch` for these head dimensions."""
-    if arch == "interpreter":
-        return INTERPRETER_TILE
+def select_tile(
+    kernel: str, arch: str, head_dim: int, head_dim_v: int, is_float32: bool, skip_blocks: tuple[int, int] | None = None
+) -> Tile:
+    """The tile of `kernel` ("forward", "dq" or "dkv") on `arch` for these head dimensions.
+
+    With blocks of skip-softmax, (query rows, keys), the forward's tile is the block, on which it decides as a whole,
+    and the backward's are not larger.
+    """
     widest = max(head_dim, head_dim_v)
-    row = next(i for i, size in enumerate(HEAD_DIM_ROWS) if widest <= size)
-    return TILES[kernel, is_float32][arch][row]
+    tile = INTERPRETER_TILE
+    if arch != "interpreter":
+        row = next(i for i, size in enumerate(HEAD_DIM_ROWS) if widest <= size)
+        tile = TILES[kernel, is_float32][arch][row]
+    if skip_blocks is None:
+        return tile
+    block_q, block_k = skip_blocks
+    if kernel != "forward":
+        return tile._replace(block_m=min(tile.block_m, block_q), block_n=min(tile.block_n, block_k))
+    is_large = block_q * (block_dim(widest) + block_k) * (1 + is_float32) > 64 * 128
+    return Tile(block_q, block_k, 8 if is_large else 4, 1)

@@ -6,6 +6,7 @@ With scores S = scale * Q K^T, running maximum m and running sum l of a row over
 
 and at the end out = acc / l, lse = m + log(l). S and m are held unscaled, and all exponentials are base 2.
 A softcap replaces S by softcap * tanh(S / softcap); a sink is one more score of each row, and has no value.
+With skip-softmax (skip.py) a dropped block ends at its row maxima: no exponentials, no V, no product with it.
 """
 
 import triton
@@ -29,6 +30,7 @@ from fa_ops.kernels.primitives import (
     tanh,
     wrap_rows,
 )
+from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, visit
 
 
 @triton.jit
@@ -49,22 +51,131 @@ def _attend(
         is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
     k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
     v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
+    s = _scores(
+        q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, MASKED,
+    )  # fmt: skip
+    return _accumulate(acc, l_i, m_i, s, tl.max(s, 1), v, scale, MASKED)
+
+
+@triton.jit
+def _scores(
+    q, k, is_key, offs_m, offs_n, len_q, len_k, cap_scale, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Q K^T, unscaled; capped, and -inf where a row does not see a key."""
     s = dot_rows(q, k)
     if HAS_SOFTCAP:
         s = tanh(s * cap_scale)
     if MASKED:
-        visible = is_visible(
-            offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        s = _mask(s, is_key, offs_m, offs_n, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK)
+    return s
+
+
+@triton.jit
+def _mask(
+    s, is_key, offs_m, offs_n, len_q, len_k, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    visible = is_visible(offs_m[:, None], offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    if HAS_KEY_MASK:
+        visible = visible & is_key[None, :]
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def _sees_block(
+    offs_m, n0, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Whether a row of the tile sees a key of the block from n0 on, with holes in its keys."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    is_key = tl.load(key_mask_ptr + (start_k + offs_n) * stride_ms, mask=offs_n < len_k, other=0) != 0
+    visible = is_visible(offs_m[:, None], offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    visible = visible & is_key[None, :] & (offs_m < len_q)[:, None]
+    return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def _attend_sparsely(
+    acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
+    bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VISIT_ORDER: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
+    if HAS_KEY_MASK:
+        # the first and the last of the visited blocks have a part in some orders
+        while (begin < end) & (not _sees_block(
+            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            begin += BLOCK_N
+        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+        while (last > begin) & (not _sees_block(
+            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            last -= BLOCK_N
+        end = tl.minimum(end, last + BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N)
+    m_first = m_i
+    m_before = m_i
+    num_visited = 0
+    num_dropped = 0
+    segment = -1
+    count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    for step in tl.range(0, count):
+        n0 = begin + visit(step, count, VISIT_ORDER) * BLOCK_N
+        key = start_k + n0
+        is_key = n0 + offs_n < len_k
         if HAS_KEY_MASK:
-            visible = visible & is_key[None, :]
-        s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1))
+            is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
+        k = load_rows(
+            k_ptr + key * stride_kt, stride_kt, offs_n, tl.arange(0, BLOCK_D), is_key, HEAD_DIM, BLOCK_D, True
+        )
+        s = _scores(
+            q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
+        )  # fmt: skip
+        if (n0 < full) | (n0 >= full_end):
+            s = _mask(
+                s, is_key, offs_m, n0 + offs_n, len_q, len_k, window_left, window_right,
+                HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
+            )  # fmt: skip
+        s_max = tl.max(s, 1)
+        has_vote = (s_max != float("-inf")) & (offs_m < len_q)
+        if (len_q == 1) & (n0 // DECODE_SEGMENT != segment):
+            m_before = m_first
+            segment = n0 // DECODE_SEGMENT
+        is_dropped = (s_max - m_before) * scale < log_threshold
+        is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
+        is_kept = tl.max((has_vote & (is_dropped == 0)).to(tl.int32), 0) != 0
+        m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
+        if num_visited == 0:
+            m_first = m_before
+        num_visited += is_visited.to(tl.int32)
+        num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
+        if is_kept:
+            v = load_rows(
+                v_ptr + key * stride_vt, stride_vt, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV, True
+            )
+            acc, l_i, m_i = _accumulate(acc, l_i, m_i, s, s_max, v, scale, True)
+            mark_kept(bits_row_ptr, n0 // BLOCK_N)
+    return acc, l_i, m_i, num_visited, num_dropped
+
+
+@triton.jit
+def _accumulate(acc, l_i, m_i, s, s_max, v, scale, MASKED: tl.constexpr):
+    """The step of the online softmax for a block's scores, their row maxima and its values."""
+    m_new = tl.maximum(m_i, s_max)
     m_finite = m_new
     if MASKED:
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     scale_log2 = scale * LOG2E
-    if q.dtype == tl.float32:
+    if v.dtype == tl.float32:
         p = tl.exp2((s - m_finite[:, None]) * scale_log2)
     else:
         p = tl.exp2(s * scale_log2 - (m_finite * scale_log2)[:, None])
@@ -78,13 +189,15 @@ def _attend(
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, sinks_ptr,
+    threshold_ptr, block_bits_ptr, counts_ptr,
     softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
+    stride_tb, stride_th, stride_bh, stride_bt,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SKIP_SOFTMAX: tl.constexpr, VISIT_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
     tile = tl.program_id(0)
@@ -141,25 +254,38 @@ def attention_forward_kernel(
         full_end = full
     if m0 >= len_q:
         begin, full, full_end, end = 0, 0, 0, 0
-    if HAS_LEFT:
-        for n0 in tl.range(begin, full, BLOCK_N):
+    if SKIP_SOFTMAX:
+        bits_row_ptr = block_bits_ptr + head * stride_bh + (tile - index + count - 1 - index).to(tl.int64) * stride_bt
+        log_threshold = load_log_threshold(threshold_ptr + batch * stride_tb + head * stride_th)
+        acc, l_i, m_i, num_visited, num_dropped = _attend_sparsely(
+            acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
+            bits_row_ptr, log_threshold, positive_scale, cap_scale, window_left, window_right,
+            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, VISIT_ORDER,
+        )  # fmt: skip
+        counts_ptr += batch * tl.num_programs(1) + head
+        tl.atomic_add(counts_ptr, num_visited.to(tl.int64))
+        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64))
+    else:
+        if HAS_LEFT:
+            for n0 in tl.range(begin, full, BLOCK_N):
+                acc, l_i, m_i = _attend(
+                    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
+                    cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                )  # fmt: skip
+        for n0 in tl.range(full, full_end, BLOCK_N):
             acc, l_i, m_i = _attend(
                 acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
             )  # fmt: skip
-    for n0 in tl.range(full, full_end, BLOCK_N):
-        acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale, cap_scale,
-            window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
-        )  # fmt: skip
-    for n0 in tl.range(full_end, end, BLOCK_N):
-        acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale, cap_scale,
-            window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
-        )  # fmt: skip
+        for n0 in tl.range(full_end, end, BLOCK_N):
+            acc, l_i, m_i = _attend(
+                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
+                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
+                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+            )  # fmt: skip
 
     m_i = tl.where(m_i == float("-inf"), m_i, m_i * scale)
     if HAS_SINKS:

@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
 from fa_ops.kernels.configs import Tile, block_dim
 from fa_ops.kernels.forward import attention_forward_kernel
+from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 if triton.knobs.runtime.interpret:
     raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; run these tests without it")
@@ -23,7 +24,8 @@ KERNELS = {
 }
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
-FLOAT32_TENSORS = {"lse_ptr", "dlse_ptr", "delta_ptr"}
+INDEX_TENSORS = {"block_bits_ptr": "*i32", "counts_ptr": "*i64", "key_mask_ptr": "*i1"}
+FLOAT32_TENSORS = {"threshold_ptr", "lse_ptr", "dlse_ptr", "delta_ptr"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Report:
 def _pointer_type(name: str, dtype: str) -> str:
     if name in FLOAT32_TENSORS:
         return "*fp32"
+    if name in INDEX_TENSORS:
+        return INDEX_TENSORS[name]
     if name.startswith("b_"):
         return "*i32"
-    return "*i1" if name == "key_mask_ptr" else f"*{dtype}"
+    return f"*{dtype}"
 
 
 def compile_kernel(
@@ -55,7 +59,8 @@ def compile_kernel(
         "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(head_dim),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "HAS_LEFT": False, "HAS_RIGHT": True, "HAS_SOFTCAP": False, "HAS_SINKS": False,
-        "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, **flags,
+        "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, "SKIP_SOFTMAX": False,
+        "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):

@@ -1,6 +1,7 @@
 """Every row of the tile table, compiled for its architecture: it fits into shared memory, and 16-bit forwards spill
 nothing and use the architecture's matrix instruction."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fa_ops.kernels.configs import ARCHITECTURES, HEAD_DIM_ROWS, SHARED_MEMORY, TILES, Tile, select_tile
+from fa_ops_meta.skip import BLOCK_SIZES
 from tests.aot.compiling import MATRIX_INSTRUCTION, Report, compile_kernel
 
 KERNELS = ("forward", "dq", "dkv")
@@ -58,6 +60,27 @@ def test_row(kernel: str, arch: str, dtype: str, head_dim: int):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_all_features_at_once(kernel: str, arch: str):
     check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, IS_PACKED=False, **ALL_FEATURES)
+
+
+def skip_rows() -> list:
+    """Every pair of block sizes at D 128; `make test` has the default one and the smallest, for two architectures."""
+    quick = list(itertools.product(("sm_90", LEAST_SHARED_MEMORY), ((64, 128), (16, 16))))
+    return [
+        pytest.param(
+            kernel, arch, blocks, id=f"{kernel}-{arch}-{blocks[0]}x{blocks[1]}",
+            marks=() if (arch, blocks) in quick else pytest.mark.slow,
+        )
+        for kernel in KERNELS for arch in ARCHITECTURES for blocks in itertools.product(BLOCK_SIZES, repeat=2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "arch", "blocks"), skip_rows())
+def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
+    tile = select_tile(kernel, arch, 128, 128, False, blocks)
+    sizes = {"SKIP_BLOCK_Q": blocks[0], "SKIP_BLOCK_K": blocks[1]}
+    report = compile_kernel(kernel, arch, tile, "bf16", 128, SKIP_SOFTMAX=True, **sizes)
+    assert report.shared <= SHARED_MEMORY[arch]
+    assert MATRIX_INSTRUCTION[arch] in report.ptx or arch in ("sm_90", "sm_100")  # theirs take 64 rows at the least
 
 
 def test_table_has_no_other_rows():

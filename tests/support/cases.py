@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fa_ops.reference import visible
+from fa_ops.reference import skip_softmax_blocks, visible
+from tests.support import skip
 from tests.support.memory import Canaries, contiguous_strides
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -44,6 +45,9 @@ class Case:
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     has_sinks: bool = False
+    skip_share: float | None = None  # of the visited blocks, to be dropped by skip-softmax as far as a threshold can
+    skip_block: tuple[int, int] = (64, 128)
+    skip_form: str = "number"  # one of skip.FORMS
 
     def __str__(self) -> str:
         lens_k = "" if self.lens_k is None else f"-k{_dotted(self.lens_k)}"
@@ -52,6 +56,7 @@ class Case:
         flags += [f"scale{self.softmax_scale}"] * (self.softmax_scale is not None)
         flags += [f"window{_dotted(self.window_size)}"] * (self.window_size != (-1, -1))
         flags += [f"softcap{self.softcap}"] * (self.softcap > 0) + ["sinks"] * self.has_sinks
+        flags += [f"skip{self.skip_share}_{_dotted(self.skip_block)}_{self.skip_form}"] * (self.skip_share is not None)
         return (
             f"{self.seed}-{DTYPE_NAMES[self.dtype]}-{'padded' if self.is_padded else 'packed'}_{self.placement}"
             f"-q{_dotted(self.lens_q)}{lens_k}-h{self.heads_kv * self.group_size}:{self.heads_kv}"
@@ -79,6 +84,7 @@ class Inputs:
     max_input_len_k: int | None
     key_mask: Tensor | None
     sinks: Tensor | None
+    skip_softmax_threshold: float | Tensor | None
     dout: Tensor
     dlse: Tensor | None
     is_query: Tensor  # (rows of q) bool: rows of a sequence
@@ -90,6 +96,9 @@ class Inputs:
         """out and lse of other q, k and v; `options` add to the case's keyword arguments, or replace them."""
         case = self.case
         features = {"window_size": case.window_size, "softcap": case.softcap, "sinks": self.sinks}
+        if self.skip_softmax_threshold is not None:
+            features["skip_softmax_threshold"] = self.skip_softmax_threshold
+            features["skip_softmax_block"] = case.skip_block
         return attention(
             q, k, v, self.b_start_loc, self.b_seq_len, self.max_input_len, case.is_causal, case.softmax_scale,
             self.b_start_loc_k, self.b_seq_len_k, self.max_input_len_k,
@@ -124,9 +133,12 @@ class _Builder:
             q *= case.head_dim**-0.5 / abs(case.softmax_scale)  # scores of variance 1, whatever the scale
         k = self._normal((*rows_k, case.heads_kv, case.head_dim), is_in_k)
         v = self._normal((*rows_k, case.heads_kv, case.value_dim), is_in_k)
+        if case.skip_share is not None:
+            skip.add_levels(q, k, case.softmax_scale or case.head_dim**-0.5, case.skip_block[1], self.generator)
         if key_mask is not None:
             for t in (k, v):
                 t[is_in_k & ~key_mask] = LOUD
+        threshold = self._threshold(q, k, starts_q, starts_k, lens_k, key_mask)
         q, k, v = self._lay_out(q, k, v)
         sinks = torch.randn(heads_q, generator=self.generator).to(case.dtype) if case.has_sinks else None
         # a sink is seen by every query, and passes on whatever gradient of lse arrives there
@@ -145,6 +157,7 @@ class _Builder:
             max_input_len_k=self._max_len(lens_k) if key_side else None,
             key_mask=None if key_mask is None else self._place("key_mask", key_mask),
             sinks=None if sinks is None else self._place("sinks", sinks),
+            skip_softmax_threshold=threshold,
             dout=dout,
             dlse=dlse,
             is_query=is_in_q.to(self.device),
@@ -200,6 +213,18 @@ class _Builder:
             else:
                 key_mask[batch, own] = seq > 0
         return key_mask
+
+    def _threshold(self, q, k, starts_q, starts_k, lens_k, key_mask) -> float | Tensor | None:
+        case = self.case
+        if case.skip_share is None:
+            return None
+        ranges_q, ranges_k = ((torch.tensor(t) for t in pair) for pair in ((starts_q, case.lens_q), (starts_k, lens_k)))
+        skips = skip_softmax_blocks(
+            q, k, *ranges_q, case.is_causal, case.softmax_scale, *ranges_k,
+            window_size=case.window_size, softcap=case.softcap, key_mask=key_mask, skip_softmax_block=case.skip_block,
+        )  # fmt: skip
+        threshold = skip.thresholds(skips, case.skip_share, case.skip_form)
+        return self._place("threshold", threshold) if isinstance(threshold, Tensor) else threshold
 
     def _lay_out(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.case.memory == "fused_qkv":

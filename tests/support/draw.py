@@ -1,16 +1,20 @@
 """Draws Cases: the same seed is the same Case on every machine."""
 
 import dataclasses
+import itertools
 import random
 from dataclasses import dataclass
 
 import torch
 
-from tests.support.cases import Case
+from fa_ops.reference import attention_reference
+from tests.support.cases import Case, Inputs
+from tests.support.skip import FORMS
 
 GROUP_SIZES = (1, 2, 3, 4, 8)
 PRIMES = (2, 3, 5, 7, 11, 13, 19, 23, 29, 37, 43, 53, 61, 71, 79, 83, 97, 211, 509, 1021, 1999)
 AROUND_TILES = tuple(tile + step for tile in (16, 32, 64, 128, 256) for step in (-1, 0, 1))
+SKIP_STRIDE = 100_003  # between the seeds of two attempts at one case
 PADDED, PACKED = ("left", "right", "both"), ("tight", "gaps", "shuffled")
 # A maximum over a handful of numbers compares little but luck: a batch has many rows, or else many heads.
 MANY_ROWS, MANY_HEADS = 16, 12
@@ -62,6 +66,45 @@ def draw_case(profile: Profile, seed: int) -> Case:
         window_size=_draw_window(rng, profile.max_len) if rng.random() < profile.feature_rate else (-1, -1),
         softcap=rng.choice((1.5, 30.0)) if rng.random() < profile.feature_rate else 0.0,
         has_sinks=rng.random() < profile.feature_rate,
+    )
+
+
+def draw_skip_case(profile: Profile, seed: int, blocks: tuple[tuple[int, int], ...]) -> Case:
+    """A case of skip-softmax, drawn again until 10 to 90 % of its blocks are dropped; it builds what it draws."""
+    attempts = (_draw_skip_case(profile, attempt, blocks) for attempt in itertools.count(seed, SKIP_STRIDE))
+    return next(case for case in attempts if 0.1 <= dropped_share(case.build()) <= 0.9)
+
+
+def dropped_share(inputs: Inputs) -> float:
+    """Dropped blocks by visited ones, in the oracle."""
+    *_, counts = inputs.call(attention_reference, inputs.q, inputs.k, inputs.v, return_skip_counts=True)
+    visited, dropped = counts.sum((1, 2)).tolist()
+    return dropped / max(visited, 1)
+
+
+def _draw_skip_case(profile: Profile, seed: int, blocks: tuple[tuple[int, int], ...]) -> Case:
+    """Sequences of several of the `blocks`: prefill, its chunks, or decoding."""
+    case, rng = draw_case(profile, seed), random.Random(seed)
+    br, bc = rng.choice(blocks)
+    lens_k = [rng.randint(min(4 * bc, profile.max_len), profile.max_len) for _ in range(rng.randint(1, 3))]
+    relation = rng.choice(("shared", "shared", "shorter", "longer", "decode"))
+    extra = {"shorter": -rng.randint(1, 2 * br), "longer": rng.randint(1, br)}.get(relation, 0)
+    lens_q = [1 if relation == "decode" else max(2, n + extra) for n in lens_k]
+    if rng.random() < 0.2:
+        lens_q.append(rng.choice((0, 5)))
+        lens_k.append(0 if relation == "shared" else 5)
+    return dataclasses.replace(
+        case,
+        lens_q=tuple(lens_k if relation == "shared" else lens_q),
+        lens_k=None if relation == "shared" else tuple(lens_k),
+        memory="contiguous" if relation != "shared" and case.memory == "fused_qkv" else case.memory,
+        key_mask=None if case.key_mask == "all" else case.key_mask,
+        window_size=rng.choice(((2 * bc, -1), (3 * bc, bc), (-1, 7))) if rng.random() < 0.2 else (-1, -1),
+        softmax_scale=case.softmax_scale or None,
+        softcap=30.0 if case.softcap else 0.0,
+        skip_share=rng.choice((0.25, 0.5, 0.7, 0.85)),
+        skip_block=(br, bc),
+        skip_form=rng.choice(FORMS),
     )
 
 

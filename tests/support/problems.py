@@ -37,9 +37,12 @@ def small_case(**changes) -> Case:
 
 def op_arguments(inputs: Inputs) -> tuple:
     """What `torch.ops.modelopt.varlen_attention` takes, all of it, in its order."""
-    case = inputs.case
+    case, threshold = inputs.case, inputs.skip_softmax_threshold
+    if threshold is not None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=inputs.q.device)
     return (
         inputs.q, inputs.k, inputs.v, inputs.b_start_loc, inputs.b_seq_len, inputs.max_input_len,
         case.is_causal, case.softmax_scale, inputs.b_start_loc_k, inputs.b_seq_len_k, inputs.max_input_len_k,
-        *case.window_size, case.softcap, inputs.sinks, inputs.key_mask, None, True, None, 64, 128,
+        *case.window_size, case.softcap, inputs.sinks, inputs.key_mask, None, True,
+        threshold, *case.skip_block,
     )  # fmt: skip

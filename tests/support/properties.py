@@ -97,6 +97,7 @@ def _alone(inputs: Inputs, seq: int) -> tuple[Inputs, tuple, tuple]:
     def start(t: Tensor | None) -> Tensor | None:
         return None if t is None else t[own] if inputs.case.is_padded else torch.zeros_like(t[own])
 
+    threshold = inputs.skip_softmax_threshold
     alone = dataclasses.replace(
         inputs,
         q=inputs.q[in_q],
@@ -107,6 +108,7 @@ def _alone(inputs: Inputs, seq: int) -> tuple[Inputs, tuple, tuple]:
         b_start_loc_k=start(inputs.b_start_loc_k),
         b_seq_len_k=None if inputs.b_seq_len_k is None else inputs.b_seq_len_k[own],
         key_mask=None if inputs.key_mask is None else inputs.key_mask[own],
+        skip_softmax_threshold=threshold[own] if isinstance(threshold, Tensor) and threshold.dim() else threshold,
         dout=inputs.dout[in_q],
         dlse=None if inputs.dlse is None else inputs.dlse[in_lse],
     )

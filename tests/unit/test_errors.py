@@ -251,16 +251,35 @@ WRONG_CALLS = [
         "sinks_device", ValueError, "sinks: device meta given; expected q's, cpu", sinks=torch.zeros(4, device="meta")
     ),
     untraceable("sinks_type", TypeError, "sinks: float given; accepted is a Tensor or None", sinks=0.5),
-    # what the release does not have
+    # skip-softmax
     packed(
-        "skip_softmax_threshold", NotImplementedError,
-        "skip_softmax_threshold: a Tensor given; skip-softmax sparsity is not implemented yet, pass None",
-        skip_softmax_threshold=torch.tensor(0.1),
+        "skip_softmax_threshold_shape", ValueError,
+        "skip_softmax_threshold: shape (7,) given; accepted are (), (B,) = (2,) and (B, Hq) = (2, 4)",
+        skip_softmax_threshold=torch.full((7,), 0.1),
     ),
     packed(
-        "skip_softmax_threshold_float", NotImplementedError,
-        "skip_softmax_threshold: a float given; skip-softmax is not implemented yet, pass None",
-        skip_softmax_threshold=0.1,
+        "skip_softmax_threshold_dtype", TypeError,
+        "skip_softmax_threshold: dtype torch.float64 given; accepted is float32",
+        skip_softmax_threshold=torch.tensor(0.1, dtype=torch.float64),
+    ),
+    packed(
+        "skip_softmax_threshold_device", ValueError,
+        "skip_softmax_threshold: device meta given; expected q's, cpu",
+        skip_softmax_threshold=torch.zeros(4, device="meta")[0],
+    ),
+    packed(
+        "skip_softmax_threshold_negative", ValueError,
+        "skip_softmax_threshold: -0.1 given; accepted are floats in (0, 1), or None for dense attention",
+        skip_softmax_threshold=-0.1,
+    ),
+    packed(
+        "skip_softmax_threshold_nan", ValueError,
+        "skip_softmax_threshold: nan given; accepted are floats in (0, 1), or None for dense attention",
+        skip_softmax_threshold=float("nan"),
+    ),
+    untraceable(
+        "skip_softmax_threshold_type", TypeError,
+        "skip_softmax_threshold: str given; accepted are a Tensor, a float and None", skip_softmax_threshold="0.1",
     ),
     packed(
         "skip_softmax_block", ValueError,
@@ -268,8 +287,10 @@ WRONG_CALLS = [
         skip_softmax_block=(48, 128),
     ),
     packed(
-        "return_skip_counts", NotImplementedError,
-        "return_skip_counts: True given; skip-softmax is not implemented yet, pass False", return_skip_counts=True,
+        "return_skip_counts", ValueError,
+        "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
+        "threshold or False",
+        return_skip_counts=True,
     ),
 ]  # fmt: skip
 each_wrong_call = pytest.mark.parametrize("wrong", WRONG_CALLS, ids=lambda wrong: wrong.id)

@@ -229,17 +229,3 @@ def test_visible_is_aligned_bottom_right():
     assert visible(2, 4, True, None, cpu).tolist() == [[True, True, True, False], [True] * 4]
     assert visible(3, 1, True, None, cpu).tolist() == [[False], [False], [True]]
     assert visible(1, 3, False, torch.tensor([True, False, True]), cpu).tolist() == [[True, False, True]]
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("skip_softmax_threshold", torch.tensor(0.1)),
-        ("return_skip_counts", True),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_is_not_implemented_names_itself(argument, value):
-    q = torch.randn(4, 2, 16)
-    with pytest.raises(NotImplementedError, match=f"^{argument}: "):
-        attention_reference(q, q, q, torch.tensor([0]), torch.tensor([4]), **{argument: value})
