@@ -11,7 +11,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 TORCH := $(shell grep '^torch==' constraints.txt)
 SET_UP := constraints.txt pyproject.toml setup.cfg
-SUITES := tests/unit tests/compile tests/aot tests/models
+SUITES := tests/unit tests/compile tests/aot tests/models tests/sparsity
 
 # A stale compile cache turns failures green, so each run has its own.
 FRESH_CACHES = caches=$$(mktemp -d) && trap 'rm -rf "$$caches"' EXIT && \

@@ -25,7 +25,10 @@ from fa_ops.integrations.huggingface_mask import (
     describe,
     triton_attention_mask,
 )
-from fa_ops.integrations.huggingface_sequences import packed_ranges, padded_ranges
+from fa_ops.integrations.huggingface_sequences import Ranges, packed_ranges, padded_ranges
+
+# The child of an attention module that `fa_ops.sparsity` gives it, a `SparseAttentionMethod`.
+SPARSE_ATTENTION = "sparse_attention"
 
 # Arguments that change what attention means, and where the model has them from.
 UNSUPPORTED_ARGUMENTS = {
@@ -135,14 +138,33 @@ def triton_attention_forward(
     }
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     ranges = packed_ranges(query, key, attention_mask, is_causal, module.training, **_packing(module, kwargs))
+    is_decoding = query.shape[1] == 1
     if ranges is None:
         ranges = padded_ranges(query, key, attention_mask, is_causal, window_size, module.training)
-        out = attention(query, key, value, **ranges._asdict(), **options)
-        return cast(Tensor, out), None
+        return _attend(module, query, key, value, ranges, options, is_decoding), None
     rows = query.shape[:2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    out = attention(query, key, value, **ranges._asdict(), **options)
-    return cast(Tensor, out).unflatten(0, rows), None
+    return _attend(module, query, key, value, ranges, options, is_decoding).unflatten(0, rows), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ranges: Ranges,
+    options: dict[str, Any],
+    is_decoding: bool,
+) -> Tensor:
+    """The op, or the module's own sparse attention, which is told how many keys each sequence has at this call."""
+    arguments = {**ranges._asdict(), **options}
+    sparse_attention = getattr(module, SPARSE_ATTENTION, None)
+    if sparse_attention is None or not sparse_attention.is_enabled:
+        return cast(Tensor, attention(query, key, value, **arguments))
+    visible_keys = ranges.b_seq_len if ranges.b_seq_len_k is None else ranges.b_seq_len_k
+    if ranges.key_mask is not None:
+        visible_keys = ranges.key_mask.sum(-1, dtype=torch.int32)
+    return sparse_attention(query, key, value, visible_keys, is_decoding, arguments)
 
 
 def _is_causal(module: nn.Module, given: bool | None, pattern: MaskPattern | None, query: Tensor) -> bool:

@@ -1,0 +1,104 @@
+"""Which modules of a Transformers model call its attention interface, and what switches them to this backend and back.
+
+Nothing here changes a class or a register of Transformers beyond `register_triton_attention`.
+"""
+
+from collections.abc import Iterable, Iterator
+from inspect import isfunction, unwrap
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fa_ops.integrations.huggingface import register_triton_attention
+from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
+
+LIBRARY_MODULES = (nn.Module.__module__, "transformers.modeling_utils")
+
+
+class PreviousImplementation(NamedTuple):
+    """The attention implementation that a configuration named before."""
+
+    config: Any
+    implementation: str | None
+
+    def restore(self) -> None:
+        self.config._attn_implementation_internal = self.implementation
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, the modules whose own code calls Transformers' attention interface, in the order of the model."""
+    classes = {module_class for module_class in map(type, model.modules()) if _calls_interface(module_class)}
+    return {name: module for name, module in model.named_modules() if type(module) in classes}
+
+
+def _calls_interface(module_class: type) -> bool:
+    # PreTrainedModel names the interface too, to check implementations
+    own = (base for base in module_class.__mro__ if base.__module__ not in LIBRARY_MODULES)
+    functions = (unwrap(f) for base in own for f in vars(base).values() if isfunction(f))
+    return any({"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(f.__code__.co_names) for f in functions)
+
+
+def num_query_heads(module: nn.Module) -> int:
+    """Query heads of an attention module; ValueError where it does not tell."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("num_heads", "num_attention_heads"):
+            if isinstance(heads := getattr(owner, name, None), int):
+                return heads
+    raise ValueError(f"{type(module).__name__}: neither it nor its config has num_heads or num_attention_heads")
+
+
+def implementation_of(module: nn.Module) -> str | None:
+    """The attention implementation that a module's configuration names now."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def use_triton_attention(model: nn.Module, modules: dict[str, nn.Module]) -> list[PreviousImplementation]:
+    """Switches the models that own the modules to `modelopt_triton`, and returns what there was before.
+
+    Transformers only warns where it does not switch: every module is looked at afterwards. Raises ValueError, with all
+    configurations as they were, naming the module that stayed behind.
+    """
+    register_triton_attention()
+    owners = _owners(model, modules)
+    previous = [PreviousImplementation(c, c._attn_implementation) for owner in owners for c in _configs(owner)]
+    try:
+        for owner in owners:
+            owner.set_attn_implementation(ATTENTION_NAME)
+        for name, module in modules.items():
+            if implementation_of(module) != ATTENTION_NAME:
+                raise ValueError(
+                    f"{name} ({type(module).__name__}): its attention implementation stays "
+                    f"{implementation_of(module)!r}; Transformers cannot switch this model to {ATTENTION_NAME!r}"
+                )
+    except BaseException:
+        for before in previous:
+            before.restore()
+        raise
+    return previous
+
+
+def _owners(model: nn.Module, modules: Iterable[str]) -> list[Any]:
+    """The innermost PreTrainedModel around each module."""
+    from transformers import PreTrainedModel
+
+    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    owners: dict[str, None] = {}
+    for name in modules:
+        around = [prefix for prefix in models if prefix == "" or name.startswith(f"{prefix}.")]
+        if not around:
+            raise ValueError(f"{name}: no PreTrainedModel of Transformers around it; its attention cannot be switched")
+        owners[max(around, key=len)] = None
+    return [models[prefix] for prefix in owners]
+
+
+def _configs(model: Any) -> Iterator[Any]:
+    """Every configuration that `model.set_attn_implementation` may change, once."""
+    waiting = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    seen = set()
+    while waiting:
+        config = waiting.pop()
+        if id(config) in seen:
+            continue
+        seen.add(id(config))
+        yield config
+        waiting.extend(sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None)
