@@ -95,22 +95,19 @@ def attention(
         TypeError: a dtype that is not accepted.
         NotImplementedError: an argument of a later release, or forward-mode differentiation.
     """
+    checks.check_types(
+        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
+        {"b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask},
+        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
+        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
+        is_causal, softmax_scale, deterministic,
+    )  # fmt: skip
     threshold = _threshold_tensor(skip_softmax_threshold, q)
     if return_skip_counts and threshold is None:
         raise ValueError(
             "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
             "threshold or False"
         )
-    checks.check_types(
-        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
-        {
-            "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
-            "skip_softmax_threshold": threshold,
-        },
-        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
-        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
-        is_causal, softmax_scale, deterministic,
-    )  # fmt: skip
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
     q, k, v = _autocast(q, k, v)

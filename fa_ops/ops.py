@@ -5,7 +5,6 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fa_ops import cpu_ops
 from fa_ops_meta import checks, flops, outputs
+from fa_ops_meta.schema import bind
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 try:
@@ -113,11 +113,6 @@ def _varlen_attention(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse, block_bits, counts
-
-
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(_varlen_attention).parameters.items()}
-ARGUMENTS = list(DEFAULTS)
-SINKS = ARGUMENTS.index("sinks")
 
 
 def _varlen_attention_backward(
@@ -325,10 +320,10 @@ def _register_sharding_rules() -> None:
 def _fake_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _register_sharding_rules()
     checks.check_attention(*args)
-    given = dict(zip(ARGUMENTS, args, strict=False))
+    given = bind(torch.ops.modelopt.varlen_attention.default, args)
     skip_blocks = None
-    if given.get("skip_softmax_threshold") is not None:
-        skip_blocks = [given.get(name, DEFAULTS[name]) for name in ("skip_softmax_block_q", "skip_softmax_block_k")]
+    if given["skip_softmax_threshold"] is not None:
+        skip_blocks = given["skip_softmax_block_q"], given["skip_softmax_block_k"]
     q, k, v = args[:3]
     return *outputs.empty_forward(q, v), *outputs.empty_skip(q, k, given["b_seq_len"], skip_blocks)
 
@@ -338,7 +333,7 @@ def _fake_backward(dout, dlse, out, lse, block_bits, *args) -> tuple[Tensor, Ten
     checks.check_attention(*args)
     checks.check_gradients(out, lse, dout, dlse)
     q, k, v = args[:3]
-    sinks = dict(zip(ARGUMENTS, args, strict=False)).get("sinks")
+    sinks = bind(torch.ops.modelopt.varlen_attention.default, args)["sinks"]
     return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q, sinks)
 
 
@@ -378,6 +373,7 @@ def _define_op(name: str, body: Any, fake: Callable) -> Any:
 
 
 _forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)
+SINKS = [argument.name for argument in torch.ops.modelopt.varlen_attention.default._schema.arguments].index("sinks")
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _define_op("modelopt::varlen_attention_backward", _varlen_attention_backward, _fake_backward)
 

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_ops_meta.schema import bind
+
 
 def attention_flops(*args: Any, **kwargs: Any) -> int:
     """FLOPs of `modelopt::varlen_attention`. Takes the op's arguments."""
-    given = _bind(torch.ops.modelopt.varlen_attention.default, args, kwargs)
+    given = bind(torch.ops.modelopt.varlen_attention.default, args, kwargs)
     return 2 * _count_all_pairs(given) * (given["q"].shape[-1] + given["v"].shape[-1])
 
 
 def attention_backward_flops(*args: Any, **kwargs: Any) -> int:
     """FLOPs of `modelopt::varlen_attention_backward`. Takes the op's arguments."""
-    given = _bind(torch.ops.modelopt.varlen_attention_backward.default, args, kwargs)
+    given = bind(torch.ops.modelopt.varlen_attention_backward.default, args, kwargs)
     return 2 * _count_all_pairs(given) * (3 * given["q"].shape[-1] + 2 * given["v"].shape[-1])
 
 
@@ -61,14 +63,6 @@ def _sum_clamped(first: int, count: int, most: int) -> int:
         return ramp * (ramp - 1) // 2 + (end - ramp) * most
 
     return sum_to(first + count) - sum_to(first)
-
-
-def _bind(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An op's arguments by name, defaults included."""
-    arguments = op._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    positional = zip((argument.name for argument in arguments), args, strict=False)
-    return defaults | dict(positional) | kwargs
 
 
 def _count_all_pairs(given: dict[str, Any]) -> int:

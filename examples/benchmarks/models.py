@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 from environment import describe, device_kind, version
-from report import Row
+from report import Row, write_csv
 from run import error_text, relative_difference
 from timing import Clock, CpuClock, CudaClock, interleave, summary
 from torch import Tensor
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in bench(options, done):
         rows.append(setting | row)
         add_ratios(rows)
-        write_csv(rows, path.with_suffix(".csv"))  # each time: what a limit from outside ends can be resumed
+        write_csv(rows, path.with_suffix(".csv"), COLUMNS)  # each time: what a limit from outside ends can be resumed
     path.with_suffix(".md").write_text(markdown(rows, setting))
     print(path.with_suffix(".md").read_text())
     return int(any(row["impl"] == OURS and row.get("error") for row in rows))
@@ -337,14 +337,6 @@ def finished_rows(path: Path, setting: Row) -> list[Row]:
     return [
         row for row in rows if "skipped" not in row and all(row.get(name, "") == str(setting[name]) for name in SETTING)
     ]
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
 
 
 def markdown(rows: list[Row], setting: Row) -> str:

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import SCAN_BLOCK
+from fa_ops_meta import skip
 
-DECODE_SEGMENT = tl.constexpr(2048)
+DECODE_SEGMENT = tl.constexpr(skip.DECODE_SEGMENT)
+BITS_PER_WORD = tl.constexpr(skip.BITS_PER_WORD)
 
 
 @triton.jit
@@ -41,12 +43,12 @@ def load_log_threshold(ptr):
 @triton.jit
 def mark_kept(row_ptr, block):
     """Sets the block's bit in the block_bits of its query tile."""
-    tl.atomic_or(row_ptr + block // 32, tl.cast(1, tl.int32) << (block % 32))
+    tl.atomic_or(row_ptr + block // BITS_PER_WORD, tl.cast(1, tl.int32) << (block % BITS_PER_WORD))
 
 
 @triton.jit
 def was_kept(row_ptr, block):
-    return (tl.load(row_ptr + block // 32) >> (block % 32)) & 1 != 0
+    return (tl.load(row_ptr + block // BITS_PER_WORD) >> (block % BITS_PER_WORD)) & 1 != 0
 
 
 @triton.jit

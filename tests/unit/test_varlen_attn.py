@@ -62,7 +62,10 @@ def test_grouped_heads():
 def test_used_keys(num_splits):
     tensors, used = inputs(), (3, 2, 5)
     out = call(*tensors, window_size=(-1, 0), seqused_k=torch.tensor(used), num_splits=num_splits)
-    torch.testing.assert_close(out, sdpa(*tensors, (-1, 0), used)[0])
+    expected = sdpa(*tensors, (-1, 0), used)[0]
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, tensors, dout), torch.autograd.grad(expected, tensors, dout))
 
 
 def test_without_aux():

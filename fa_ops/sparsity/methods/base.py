@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fa_ops.attention import attention
+from fa_ops.integrations.huggingface import SPARSE_ATTENTION
 from fa_ops.sparsity.config import BACKENDS, PHASES
 from fa_ops.sparsity.counting import BlockCounts
 
@@ -112,14 +113,14 @@ class SparseAttentionMethod(nn.Module, ABC):
     @contextmanager
     def get_sparse_context(self, module: nn.Module) -> Iterator["SparseAttentionMethod"]:
         """Within it `module` attends through this method, and after it as before."""
-        previous = getattr(module, "sparse_attention", None)
-        module.sparse_attention = self
+        previous = getattr(module, SPARSE_ATTENTION, None)
+        setattr(module, SPARSE_ATTENTION, self)
         try:
             yield self
         finally:
-            del module.sparse_attention
+            delattr(module, SPARSE_ATTENTION)
             if previous is not None:
-                module.sparse_attention = previous
+                setattr(module, SPARSE_ATTENTION, previous)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, visible_keys: Tensor, is_decoding: bool, arguments: Mapping[str, Any]
