@@ -43,12 +43,14 @@ def load_log_threshold(ptr):
 @triton.jit
 def mark_kept(row_ptr, block):
     """Sets the block's bit in the block_bits of its query tile."""
-    tl.atomic_or(row_ptr + block // BITS_PER_WORD, tl.cast(1, tl.int32) << (block % BITS_PER_WORD))
+    word = block // BITS_PER_WORD
+    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD))
 
 
 @triton.jit
 def was_kept(row_ptr, block):
-    return (tl.load(row_ptr + block // BITS_PER_WORD) >> (block % BITS_PER_WORD)) & 1 != 0
+    word = block // BITS_PER_WORD  # no remainder: the interpreter knows none of an int by a constexpr
+    return (tl.load(row_ptr + word) >> (block - word * BITS_PER_WORD)) & 1 != 0
 
 
 @triton.jit
