@@ -35,7 +35,15 @@ FEATURE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *FEATURE_CASES], ids=str)
+def drawn() -> list:
+    """All cases; `make test` has every other one."""
+    return [
+        pytest.param(case, marks=pytest.mark.slow if index % 2 else (), id=str(case))
+        for index, case in enumerate([*CASES, *FEATURE_CASES])
+    ]
+
+
+@pytest.mark.parametrize("case", drawn())
 def test_accuracy(case: Case):
     check_case(fa_ops.attention, case)
 
