@@ -16,6 +16,10 @@ VOCAB_SIZE = 264  # 257, and seven unused: matrix units and Inductor like multip
 
 # Installed packages and test suites are not the library, and the tables in the last two are too easy to predict.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+# Where the demo leaves its model, below this folder or one that --output names.
+OUTPUT = Path(__file__).parent / "output"
+MODEL = "model"
+
 HELD_OUT_SHARE = 0.04
 PART_BYTES = 16384
 

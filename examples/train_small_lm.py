@@ -17,6 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from textdata import (
     BOUNDARY,
+    MODEL,
+    OUTPUT,
     VOCAB_SIZE,
     by_length,
     cut,
@@ -94,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of training, compilation included (4)")
     length.add_argument("--steps", type=int, help="train for so many steps, whatever the time")
     parser.add_argument("--context", type=int, help="longest piece of text in bytes (512; on a GPU 1024)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="(examples/output)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="(examples/output)")
     arguments = parser.parse_args()
     if arguments.minutes <= 0:
         parser.error(f"--minutes: got {arguments.minutes}, accepted is a positive number")
@@ -332,9 +334,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     print(f"\n{(prompt + continuation).decode(errors='replace')}\n")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(arguments.output / "model")
+    model.save_pretrained(arguments.output / MODEL)
     plot(history, eager_losses, bits_per_byte, arguments.output / "loss.png")
-    print(f"wrote {arguments.output / 'model'} (byte-level: no tokenizer, token i is byte i, {BOUNDARY} begins a text)")
+    print(f"wrote {arguments.output / MODEL} (byte-level: no tokenizer, token i is byte i, {BOUNDARY} begins a text)")
     print(f"wrote {arguments.output / 'loss.png'}\n")
     curve_steps = min(len(history.losses), len(eager_losses))
     loss_difference = largest_loss_difference(history.losses, eager_losses)

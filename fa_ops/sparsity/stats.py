@@ -10,7 +10,7 @@ from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
 from fa_ops.integrations.huggingface_models import implementation_of
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES
-from fa_ops.sparsity.methods.base import Calibrated
+from fa_ops.sparsity.methods.base import Calibrated, SparseAttentionMethod
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def summary(model: nn.Module) -> str:
         if implementation_of(model.get_submodule(name)) != ATTENTION_NAME:
             cells.append(f"DENSE: its attention implementation is {implementation_of(model.get_submodule(name))!r}")
         lines.append(f"{name:<{width}}  {state}  {method.config.br} x {method.config.bc}  {' | '.join(cells)}")
-    return "\n".join([*lines, *_totals(counts)])
+    return "\n".join([*lines, *_totals(methods, counts)])
 
 
 def print_sparse_attention_summary(model: nn.Module) -> None:
@@ -87,7 +87,11 @@ def _percent(visited: int, dropped: int) -> str:
     return f"dropped {dropped / visited:.1%} of {visited}" if visited else "not measured"
 
 
-def _totals(counts: dict[str, Tensor]) -> Iterator[str]:
+def _totals(methods: dict[str, SparseAttentionMethod], counts: dict[str, Tensor]) -> Iterator[str]:
+    """By phase the measured share beside the one that calibration aimed at, where all enabled modules have one aim."""
+    rules = [method.get_threshold_info() for method in methods.values() if method.is_enabled]
     for phase, (visited, dropped) in zip(PHASES, torch.stack(list(counts.values())).sum((0, 3)).tolist(), strict=True):
+        aims = {(rule[phase] or {}).get("target") for rule in rules}
+        wanted = f", {aims.pop():.1%} wanted" if len(aims) == 1 and None not in aims else ""
         share = "not measured" if not visited else "0 % dropped: this model runs dense" if not dropped else None
-        yield f"{phase}: {share or f'{dropped / visited:.1%} of {visited} blocks dropped'}"
+        yield f"{phase}: {share or f'{dropped / visited:.1%} of {visited} blocks dropped'}{wanted}"
