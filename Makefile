@@ -25,8 +25,10 @@ PARALLEL_PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --di
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 13
 
-demo: $(VENV)/.installed  ## train a small language model through the op, compiled, and compare it with eager
+demo: $(VENV)/.installed  ## train a small language model through the op, compare it with eager, then make it sparse
 	$(VENV)/bin/python examples/train_small_lm.py
+	$(VENV)/bin/python examples/hf_sa.py --sparse_attn skip_softmax_calib --backend triton \
+		--export_dir examples/output/sparse-model
 
 test: SELECTED := not slow and not gpu
 test: $(VENV)/.installed  ## the tests that need no GPU, within ten minutes on two cores

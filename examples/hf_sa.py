@@ -191,15 +191,19 @@ def logits_of(model: PreTrainedModel, ids: Tensor, num_decoded: int) -> Iterator
         yield result.logits
 
 
-def measure_losses(model: PreTrainedModel, batches: list[Tensor], num_decoded: int, phases: int = 2) -> list[float]:
-    """In nats per token: of prefills, and of the tokens decoded one by one behind them, or of the first alone."""
-    nats, tokens = [0.0] * phases, [0] * phases
+def measure_losses(
+    model: PreTrainedModel, batches: list[Tensor], max_new_tokens: int, with_decoding: bool = True
+) -> list[float]:
+    """In nats per token: of the prefill of windows, and of their last tokens, which are decoded one by one."""
+    phases = PHASES if with_decoding else PHASES[:1]
+    nats, tokens = [0.0] * len(phases), [0] * len(phases)
     for ids in batches:
         end = 0
-        for step, logits in enumerate(islice(logits_of(model, ids[:, :-1], num_decoded), 1 if phases == 1 else None)):
+        calls = logits_of(model, ids[:, :-1], max_new_tokens - 1)
+        for call, logits in enumerate(calls if with_decoding else islice(calls, 1)):
             start, end = end, end + logits.shape[1]
             labels = ids[:, start + 1 : end + 1]
-            phase = min(step, 1)
+            phase = min(call, 1)
             nats[phase] += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum").item()
             tokens[phase] += labels.numel()
     return [own / count for own, count in zip(nats, tokens, strict=True)]
@@ -230,14 +234,21 @@ def generate(model: PreTrainedModel, prompt: Tensor, arguments: argparse.Namespa
 
 def observe(model: PreTrainedModel, batches: list[Tensor], arguments: argparse.Namespace) -> Behaviour:
     """Blocks are counted where the losses are measured, and only there."""
-    num_decoded = arguments.max_new_tokens
+    max_new_tokens = arguments.max_new_tokens
     with mtsa.collect_stats(model) if mtsa.is_attn_sparsified(model) else nullcontext():
-        losses = measure_losses(model, batches, num_decoded)
-    seconds = measure_seconds(model, batches[0], num_decoded)
-    return Behaviour(losses, seconds, generate(model, batches[0][:1, :-num_decoded], arguments))
+        losses = measure_losses(model, batches, max_new_tokens)
+    seconds = measure_seconds(model, batches[0], max_new_tokens)
+    return Behaviour(losses, seconds, generate(model, prompt_of(batches, max_new_tokens), arguments))
 
 
-def measure_quality(model: PreTrainedModel, batches: list[Tensor], num_decoded: int) -> tuple[list[float], list[float]]:
+def prompt_of(batches: list[Tensor], max_new_tokens: int) -> Tensor:
+    """(1, tokens): most of a window in the middle."""
+    return batches[len(batches) // 2][:1, :-max_new_tokens]
+
+
+def measure_quality(
+    model: PreTrainedModel, batches: list[Tensor], max_new_tokens: int
+) -> tuple[list[float], list[float]]:
     """(shares, losses) of prefills at several targets, or at several λ of a model that is not calibrated, which stays
     as it is."""
     rule = rules_of(model)["prefill"]
@@ -249,7 +260,7 @@ def measure_quality(model: PreTrainedModel, batches: list[Tensor], num_decoded: 
     for value in values:
         change(model, {"prefill": value})
         with mtsa.collect_stats(model):
-            losses += measure_losses(model, batches, num_decoded, phases=1)
+            losses += measure_losses(model, batches, max_new_tokens, with_decoding=False)
         shares.append(mtsa.dropped_share(model, "prefill"))
     change(model, {"prefill": before})
     return shares, losses
@@ -272,13 +283,13 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ids: Tens
         counts.append(torch.stack(list(mtsa.block_counts(each).values())))
     is_same = torch.equal(*logits) and torch.equal(*counts)
     visited, dropped = counts[1].sum((0, 1, 3)).tolist()
-    verdict = "the same logits and blocks, bit for bit" if is_same else "NOT the same logits and blocks"
+    verdict = "the same logits and dropped blocks to the bit" if is_same else "NOT the same logits and dropped blocks"
     print(f"wrote {folder}: loaded again and restored, {verdict}; {dropped:,} of {visited:,} blocks dropped")
     return is_same
 
 
 def draw(
-    model: PreTrainedModel, dense: Behaviour, batches: list[Tensor], num_decoded: int, unit: Unit, folder: Path
+    model: PreTrainedModel, dense: Behaviour, batches: list[Tensor], max_new_tokens: int, unit: Unit, folder: Path
 ) -> None:
     """The pictures. The shares are those of the blocks that were counted last; then others are."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +298,7 @@ def draw(
     if "target" in rules_of(model)["prefill"]:
         plot_calibration(model, folder / "calibration.png")
         print(f"wrote {folder / 'calibration.png'}")
-    shares, losses = measure_quality(model, batches, num_decoded)
+    shares, losses = measure_quality(model, batches, max_new_tokens)
     losses = [loss * unit.per_nat for loss in losses]
     plot_quality(shares, losses, dense.losses[0] * unit.per_nat, folder / "quality.png", unit=unit.name)
     print(f"wrote {folder / 'quality.png'}")
@@ -362,8 +373,8 @@ def run(arguments: argparse.Namespace) -> int:
     mtsa.sparsify(model, config, text.calibration if is_calibrated else None)
     sparse = observe(model, batches, arguments)
 
-    prompt = batches[0][0, : -arguments.max_new_tokens]
-    report_output(tokenizer, prompt, dense.continuation, sparse.continuation)
+    prompt = prompt_of(batches, arguments.max_new_tokens)
+    report_output(tokenizer, prompt[0], dense.continuation, sparse.continuation)
     unit = Unit("bits per byte", 1 / math.log(2)) if is_byte_level else Unit("nats per token", 1.0)
     titles = (f"dense ({attention})", f"sparse ({arguments.backend})")
     report(dense, sparse, unit, len(batches[0]), titles)
@@ -374,8 +385,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if export(model, tokenizer, arguments.export_dir, batches[0], arguments.max_new_tokens) else 1
 
 
-if __name__ == "__main__":
+def main(given: list[str] | None = None) -> int:
     try:
-        sys.exit(run(parse_arguments()))
+        return run(parse_arguments(given))
     except mtsa.CalibrationError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,9 @@
 """Calibration: the share that a model then drops, and the failures that say what to change."""
 
 import builtins
+import importlib
+import re
+import sys
 
 import pytest
 import torch
@@ -43,6 +46,11 @@ def test_another_target_drops_another_share(model):
     with mtsa.collect_stats(model):
         logits(model, tokens(258))
     assert 0.03 < mtsa.dropped_share(model, "prefill") < 0.15
+    assert re.search(r"^prefill: .*% of \d+ blocks dropped, 10.0% wanted$", mtsa.summary(model), re.MULTILINE)
+    mtsa.set_target_sparse_ratio(model, {"prefill": 0.2}, "*0*")
+    assert re.search(r"^prefill: .* blocks dropped$", mtsa.summary(model), re.MULTILINE), (
+        "the modules want different shares"
+    )
     mtsa.set_target_sparse_ratio(model, {"prefill": before})
 
 
@@ -110,3 +118,10 @@ def test_pictures(model, tmp_path):
     plot_quality([0.3, 0.5], [1.01, 1.05], 1.0, tmp_path / "quality.png")
     for name in ("shares", "calibration", "quality"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_name_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "fa_ops.sparsity.plots")
+    with pytest.raises(ImportError, match=r"fa_ops\.sparsity\.plots needs matplotlib"):
+        importlib.import_module("fa_ops.sparsity.plots")

@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import fa_ops.sparsity as mtsa
+from tests.sparsity.models import logits, sharp_model, tokens
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -19,7 +23,7 @@ def path(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize("number", range(2))
 def test_example(number, path):
     namespace = {"path": path}
     exec(EXAMPLES[number], namespace)
@@ -31,5 +35,21 @@ def test_example(number, path):
         assert all(parameter.grad is not None for parameter in namespace["model"].parameters())
 
 
-def test_there_are_two():
-    assert ["register_triton_attention" in example for example in EXAMPLES] == [False, True]
+def test_sparse_example(tmp_path, capsys):
+    sharp_model().save_pretrained(tmp_path / "dense")
+    texts, ids = tokens(6000, rows=1, seed=3), tokens()
+    namespace = {"path": tmp_path / "dense", "folder": tmp_path / "sparse", "texts": texts, "ids": ids}
+    exec(EXAMPLES[2], namespace)
+    assert re.search(r"^prefill: [\d.]+% of 880 blocks dropped, 20.0% wanted$", capsys.readouterr().out, re.MULTILINE)
+    model, restored = namespace["model"], namespace["restored"]
+    assert not mtsa.is_attn_sparsified(model)
+    assert model.config._attn_implementation == "sdpa"
+    with mtsa.collect_stats(restored):
+        sparse = logits(restored, ids)
+    assert 0 < mtsa.dropped_share(restored, "prefill") < 0.2, "its target was changed to 0.1"
+    assert not torch.equal(sparse, logits(model, ids))
+
+
+def test_there_are_three():
+    assert ["register_triton_attention" in example for example in EXAMPLES] == [False, True, False]
+    assert "mtsa.sparsify" in EXAMPLES[2]
