@@ -39,6 +39,22 @@ def test_sparse_differs_from_dense_and_removing_gives_the_model_back(family):
     assert torch.equal(logits(model, ids), dense)
 
 
+def test_backends_drop_the_same_blocks_and_have_the_same_gradients():
+    losses, counts, gradients = [], [], []
+    for backend in ("pytorch", "triton"):
+        model, ids = mtsa.sparsify(sharp_model(), config_of(backend=backend, collect_stats=True)), tokens()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert_some_dropped(model)
+        losses.append(loss)
+        counts.append(torch.stack(list(mtsa.block_counts(model).values())))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert torch.equal(*counts)
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_dense_phases_and_disabled_modules_are_the_op():
     model, ids = sharp_model(attention="modelopt_triton"), tokens()
     dense = logits(model, ids)
