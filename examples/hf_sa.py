@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pyt_ckpt_path", type=Path, default=OUTPUT / MODEL, metavar="DIR", help="a saved model (that of `make demo`)")
     add("--sparse_attn", choices=SPARSE_ATTENTIONS, default="skip_softmax", help="the preset (skip_softmax)")
-    add("--backend", choices=BACKENDS, default="pytorch", help="pytorch is plain torch, triton the op (pytorch)")
+    add("--backend", choices=BACKENDS, default="pytorch", help="pytorch: plain torch, slow; triton: the op (pytorch)")
     add("--br", type=int, choices=BLOCK_SIZES, help="query rows of a block (64; 16 for less than 2048 tokens)")
     add("--bc", type=int, choices=BLOCK_SIZES, help="keys of a block (128; 16 for less than 2048 tokens)")
     add("--seq_len", type=int, default=2048, help="tokens that are measured at a time, at most the model's own (2048)")
