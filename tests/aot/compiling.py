@@ -44,7 +44,7 @@ def _pointer_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name in INDEX_TENSORS:
         return INDEX_TENSORS[name]
-    if name.startswith("b_"):
+    if name.startswith(("b_", "block_table")):
         return "*i32"
     return f"*{dtype}"
 
@@ -60,7 +60,7 @@ def compile_kernel(
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "HAS_LEFT": False, "HAS_RIGHT": True, "HAS_SOFTCAP": False, "HAS_SINKS": False,
         "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, "SKIP_SOFTMAX": False,
-        "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), **flags,
+        "PAGING": 0, "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
