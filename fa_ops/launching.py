@@ -1,7 +1,9 @@
 """What every kernel launch needs: Triton, if it is there, and the strides of the arguments."""
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -19,6 +21,17 @@ if IS_INTERPRETED:
         return kernel
 else:
     from torch.library import wrap_triton as wrap_triton
+
+
+INTERPRETED_MULTI_PROCESSORS = 16
+
+
+@functools.cache
+def multi_processors(device: torch.device) -> int:
+    """Of a GPU; a number in the interpreter."""
+    if device.type == "cpu":
+        return INTERPRETED_MULTI_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def strides_of(t: Tensor) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops
+from fa_ops import cpu_ops, decoding
 from fa_ops.launching import (
     HAS_TRITON,
     IS_INTERPRETED,
@@ -34,7 +35,10 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
     from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
+    from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
+
+logger = logging.getLogger(__name__)
 
 
 def _varlen_attention(
@@ -93,6 +97,18 @@ def _varlen_attention(
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
     if num_seqs * rows_q == 0:
         return out, lse, block_bits, counts
+    num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
+    if num_splits is not None:
+        logger.debug("decode kernel: %s splits", num_splits)
+        with _device_of(q):
+            decoding.launch(
+                num_splits, _tile("decode", q, v, skip_blocks), q, k, v, out, lse,
+                (b_start_loc, b_seq_len, start_k, length_k), key_mask, block_table, sinks, threshold, block_bits, counts,
+                (scale, softcap, window_left, right), skip_softmax_block_q,
+            )  # fmt: skip
+        if not is_packed:
+            return out, lse, block_bits, counts
+    logger.debug("forward kernel")
     tile = _tile("forward", q, v, skip_blocks)
     with _device_of(q):
         wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
@@ -103,12 +119,14 @@ def _varlen_attention(
             scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *page_counts(k, block_table),
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *lse_strides(lse),
             *mask_strides(key_mask), *leading_strides(block_table), *leading_strides(threshold),
-            *leading_strides(block_bits), GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
+            *leading_strides(block_bits),
+            GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
             IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
             SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
+            LEAVES_SINGLE_ROWS=num_splits is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse, block_bits, counts
@@ -365,7 +383,9 @@ if HAS_TRITON and not IS_INTERPRETED:
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     torch._library.triton.triton_ops_to_kernels.update({
-        "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels],
+        "modelopt::varlen_attention": [
+            attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,
+        ],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip
 

@@ -100,6 +100,27 @@ def _sees_block(
 
 
 @triton.jit
+def _trim(
+    offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) without the blocks at either end that holes hide: the first and the last of the visited blocks have
+    a part in some orders."""
+    while (begin < end) & (not _sees_block(
+        offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        BLOCK_N, HAS_LEFT, HAS_RIGHT,
+    )):  # fmt: skip
+        begin += BLOCK_N
+    last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+    while (last > begin) & (not _sees_block(
+        offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        BLOCK_N, HAS_LEFT, HAS_RIGHT,
+    )):  # fmt: skip
+        last -= BLOCK_N
+    return begin, tl.minimum(end, last + BLOCK_N)
+
+
+@triton.jit
 def _attend_sparsely(
     acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
     block_table_ptr, bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right,
@@ -110,19 +131,10 @@ def _attend_sparsely(
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
     if HAS_KEY_MASK:
-        # the first and the last of the visited blocks have a part in some orders
-        while (begin < end) & (not _sees_block(
-            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        begin, end = _trim(
+            offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            begin += BLOCK_N
-        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-        while (last > begin) & (not _sees_block(
-            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            last -= BLOCK_N
-        end = tl.minimum(end, last + BLOCK_N)
+        )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     m_first = m_i
     m_before = m_i
@@ -203,9 +215,10 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, SKIP_SOFTMAX: tl.constexpr,
-    VISIT_ORDER: tl.constexpr,
+    VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
+    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written.
+    LEAVES_SINGLE_ROWS: so are sequences of one row, which the decode kernel computes."""
     tile = tl.program_id(0)
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
@@ -228,6 +241,9 @@ def attention_forward_kernel(
     m0 = (count - 1 - index) * BLOCK_M
     if IS_PACKED:
         if m0 >= len_q:
+            return
+    if LEAVES_SINGLE_ROWS:
+        if len_q == 1:
             return
 
     head = tl.program_id(1).to(tl.int64)

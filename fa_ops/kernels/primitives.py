@@ -26,7 +26,7 @@ PART = tl.constexpr(16)
 COUNTS = (
     "num_seqs", "rows_q", "rows_k", "window_left", "window_right",
     "stride_lb", "stride_lh", "stride_dlb", "stride_dlh", "stride_dlt", "stride_mb", "stride_ms",
-    "stride_tb", "stride_th", "stride_bh", "stride_bt", "num_pages", "stride_pb", "stride_pn",
+    "stride_tb", "stride_th", "stride_bh", "stride_bt", "num_pages", "num_splits", "stride_pb", "stride_pn",
 )  # fmt: skip
 
 
