@@ -14,7 +14,6 @@ from torch import Tensor
 from fa_ops.kernels.tier import TIER
 from fa_ops.launching import (
     HAS_TRITON,
-    IS_INTERPRETED,
     leading_strides,
     lse_strides,
     mask_strides,

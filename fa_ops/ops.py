@@ -103,8 +103,8 @@ def _varlen_attention(
         with _device_of(q):
             decoding.launch(
                 num_splits, _tile("decode", q, v, skip_blocks), q, k, v, out, lse,
-                (b_start_loc, b_seq_len, start_k, length_k), key_mask, block_table, sinks, threshold, block_bits, counts,
-                (scale, softcap, window_left, right), skip_softmax_block_q,
+                (b_start_loc, b_seq_len, start_k, length_k), key_mask, block_table, sinks, threshold,
+                block_bits, counts, (scale, softcap, window_left, right), skip_softmax_block_q,
             )  # fmt: skip
         if not is_packed:
             return out, lse, block_bits, counts

@@ -6,17 +6,18 @@ sees are dealt out to `num_splits` programs in equal parts; each leaves the out 
     lse = log(sum over splits of exp(lse_s)),  out = sum over splits of exp(lse_s - lse) out_s.
 
 With skip-softmax (skip.py) parts are whole segments of DECODE_SEGMENT keys. Since each begins with the maximum of the
-first visited block, which all programs compute, no decision depends on the number of parts. Heads decide for themselves:
-the values of a block are loaded if one of them keeps it.
+first visited block, which all programs compute, no decision depends on the number of parts. Each head decides for
+itself: the values of a block are loaded if one of them keeps it.
 """
 
 import triton
 import triton.language as tl
 
-from fa_ops.kernels.forward import _accumulate, _scores, _trim
+from fa_ops.kernels.forward import _accumulate, _scores, _sees_block
 from fa_ops.kernels.primitives import (
     COUNTS,
     LOG2E,
+    SCAN_BLOCK,
     clamp_range,
     find_keys,
     key_range,
@@ -24,7 +25,7 @@ from fa_ops.kernels.primitives import (
     load_rows,
     score_scales,
 )
-from fa_ops.kernels.skip import DECODE_SEGMENT, first_tile, load_log_threshold, mark_kept
+from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept
 
 SPLIT_BLOCK = tl.constexpr(16)
 
@@ -107,10 +108,20 @@ def attention_decode_kernel(
 
     begin, _, _, end = key_range(0, 1, len_k, window_left, window_right, 1, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if SKIP_SOFTMAX and HAS_KEY_MASK:
-        begin, end = _trim(
-            offs_m, begin, end, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        # the first and the last of the visited blocks; the blocks decide where block_bits are written, so no function
+        # that knows the mask may find them (see primitives.py)
+        while (begin < end) & (not _sees_block(
+            offs_m, begin, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
+        )):  # fmt: skip
+            begin += BLOCK_N
+        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+        while (last > begin) & (not _sees_block(
+            offs_m, last, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            last -= BLOCK_N
+        end = tl.minimum(end, last + BLOCK_N)
     # the split's own keys, as blocks from n_first on
     unit: tl.constexpr = DECODE_SEGMENT if SKIP_SOFTMAX else BLOCK_N
     first_unit = begin // unit
@@ -127,7 +138,14 @@ def attention_decode_kernel(
     if SKIP_SOFTMAX:
         is_ascending: tl.constexpr = VISIT_ORDER < 2
         log_threshold = load_log_threshold(threshold_ptr + batch * stride_tb + head * stride_th)
-        tile_q = first_tile(b_seq_len_ptr, seq, rows_q, SKIP_BLOCK_Q, IS_PACKED)
+        tile_q = batch
+        if IS_PACKED:  # skip.first_tile, here for the same reason
+            tile_q = tl.cast(0, tl.int64)
+            for scanned in tl.range(0, seq, SCAN_BLOCK):
+                offs = scanned + tl.arange(0, SCAN_BLOCK)
+                length = tl.load(b_seq_len_ptr + offs, mask=offs < seq, other=0)
+                length = tl.minimum(tl.maximum(length.to(tl.int64), 0), rows_q)
+                tile_q += tl.sum(tl.cdiv(length, SKIP_BLOCK_Q), 0)
         bits_ptr = block_bits_ptr + head * stride_bh + tile_q * stride_bt
         n_visited_first = begin
         if VISIT_ORDER == 1 or VISIT_ORDER == 3:

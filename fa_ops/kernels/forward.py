@@ -100,27 +100,6 @@ def _sees_block(
 
 
 @triton.jit
-def _trim(
-    offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """(begin, end) without the blocks at either end that holes hide: the first and the last of the visited blocks have
-    a part in some orders."""
-    while (begin < end) & (not _sees_block(
-        offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-        BLOCK_N, HAS_LEFT, HAS_RIGHT,
-    )):  # fmt: skip
-        begin += BLOCK_N
-    last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-    while (last > begin) & (not _sees_block(
-        offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-        BLOCK_N, HAS_LEFT, HAS_RIGHT,
-    )):  # fmt: skip
-        last -= BLOCK_N
-    return begin, tl.minimum(end, last + BLOCK_N)
-
-
-@triton.jit
 def _attend_sparsely(
     acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
     block_table_ptr, bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right,
@@ -131,10 +110,19 @@ def _attend_sparsely(
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
     if HAS_KEY_MASK:
-        begin, end = _trim(
-            offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        # the first and the last of the visited blocks have a part in some orders
+        while (begin < end) & (not _sees_block(
+            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
+        )):  # fmt: skip
+            begin += BLOCK_N
+        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+        while (last > begin) & (not _sees_block(
+            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            last -= BLOCK_N
+        end = tl.minimum(end, last + BLOCK_N)
     offs_n = tl.arange(0, BLOCK_N)
     m_first = m_i
     m_before = m_i
