@@ -87,13 +87,16 @@ def attention(
         float32, (Hq, total_q) or (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are
         differentiable in q, k and v.
 
+    Queries of one row, (B, 1, Hq, D), are decoding: FA_OPS_KERNEL=preview splits their keys among programs
+    (`fa_ops.decoding`).
+
     Under autocast q, k and v are cast to its dtype. On CPU tensors the op loops over PyTorch's flash attention; on CUDA
     tensors (compute capability 8.0 or higher) it runs Triton kernels (FlashAttention-2, arXiv 2307.08691).
 
     Raises:
         ValueError: a shape, stride, device or value that is not accepted.
         TypeError: a dtype that is not accepted.
-        NotImplementedError: an argument of a later release, or forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation.
     """
     return _attention(
         q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale, b_start_loc_k, b_seq_len_k,

@@ -63,7 +63,7 @@ def test_forward_writes_its_outputs_only(case, an_imagined_gpu):
     assert launch.kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr"]
 
 
-@pytest.mark.parametrize("page_size", [4, 64], ids=["single_keys", "whole_blocks"])
+@pytest.mark.parametrize("page_size", [1, 4, 64], ids=["pages_of_one_key", "single_keys", "whole_blocks"])
 @pytest.mark.parametrize("skip_share", [None, 0.5], ids=["dense", "skip_softmax"])
 def test_a_paged_cache_is_only_read(page_size, skip_share, an_imagined_gpu):
     inputs = small_case(dtype=torch.bfloat16, lens_q=(20, 3), lens_k=(70, 9), skip_share=skip_share).build()

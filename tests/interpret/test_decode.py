@@ -1,7 +1,6 @@
 """Decoding with the keys split among programs: the same function as ever, whatever the number of splits."""
 
 import dataclasses
-import itertools
 import random
 
 import pytest
@@ -17,7 +16,7 @@ from tests.support.accuracy import AccuracyError, check_case
 from tests.support.cases import Case
 from tests.support.draw import Profile, draw_case, dropped_share
 from tests.support.paged import paged, paged_arguments
-from tests.support.problems import op_arguments, small_case
+from tests.support.problems import decoding_case, op_arguments
 
 OP = torch.ops.modelopt.varlen_attention
 PROFILE = Profile(
@@ -49,12 +48,6 @@ def split(monkeypatch):
     monkeypatch.setattr(decoding, "launch", count_launches)
     yield choose
     assert launches, "the decode kernel did not run"
-
-
-def decoding_case(lens_k: tuple[int, ...], lens_q: tuple[int, ...] | None = None, **changes) -> Case:
-    """Padded queries of one row, or of none, and not a row more: the seed decides about room behind them."""
-    seed = next(n for n in itertools.count(changes.pop("seed", 0)) if random.Random(n).choice((0, 1, 5)) == 0)
-    return small_case(is_padded=True, lens_q=lens_q or (1,) * len(lens_k), lens_k=lens_k, seed=seed, **changes)
 
 
 def skipping_case(num_keys: int, **changes) -> Case:
