@@ -152,6 +152,24 @@ def test_nobody_splits_unless_asked(monkeypatch):
     assert decoding.select_splits(q[:, 0], k, torch.zeros(2, 1), False) == 8
 
 
+def test_opcheck(split):
+    split(2)
+    inputs = skipping_case(60, skip_block=(16, 16)).build()
+    torch.library.opcheck(OP.default, op_arguments(inputs), test_utils=("test_schema", "test_faketensor"))
+    arguments = paged_arguments(inputs, 7)
+    torch.library.opcheck(OP.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_log_says_which_kernel_ran(split, caplog):
+    case = decoding_case((9,))
+    inputs = case.build()
+    with caplog.at_level("DEBUG", "fa_ops.ops"):
+        for num_splits in (3, None):
+            split(num_splits)
+            inputs.call(fa_ops.attention, inputs.q, inputs.k, inputs.v)
+    assert [record.getMessage() for record in caplog.records] == ["decode kernel: 3 splits", "forward kernel"]
+
+
 # Negative controls
 
 
