@@ -15,7 +15,7 @@ from tests.support import accuracy, properties
 from tests.support.accuracy import AccuracyError, check_case
 from tests.support.cases import Case
 from tests.support.draw import Profile, draw_case, dropped_share
-from tests.support.paged import paged, paged_arguments
+from tests.support.paged import check_page_numbers_are_clamped, paged, paged_arguments
 from tests.support.problems import decoding_case, op_arguments
 
 OP = torch.ops.modelopt.varlen_attention
@@ -150,6 +150,12 @@ def test_nobody_splits_unless_asked(monkeypatch):
     assert decoding.select_splits(q.expand(2, 2, 4, 16), k, None, False) is None
     assert decoding.select_splits(q[:, 0], k.flatten(0, 1), None, False) is None
     assert decoding.select_splits(q[:, 0], k, torch.zeros(2, 1), False) == 8
+
+
+@pytest.mark.parametrize("page_size", [4, 32], ids=["single_keys", "whole_blocks"])
+def test_page_numbers_are_clamped(page_size: int, split):
+    split(2)
+    check_page_numbers_are_clamped(page_size)
 
 
 def test_opcheck(split):

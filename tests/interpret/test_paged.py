@@ -11,7 +11,7 @@ from tests.interpret.test_skip_softmax import drawn as drawn_skip_case
 from tests.support.accuracy import check_case
 from tests.support.cases import Case
 from tests.support.draw import draw_case
-from tests.support.paged import paged
+from tests.support.paged import check_page_numbers_are_clamped, paged
 
 # pages that hold a block of keys, several or a part of one; 7 divides nothing
 PAGE_SIZES = (1, 7, 16, 32, 64)
@@ -23,7 +23,7 @@ def drawn(seed: int) -> Case:
     return dataclasses.replace(draw_case(SMALL, seed), key_mask=None)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 7010 else pytest.mark.slow) for n in SEEDS])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 7006 else pytest.mark.slow) for n in SEEDS])
 def test_accuracy(seed: int):
     attention = paged(PAGE_SIZES[seed % len(PAGE_SIZES)], is_head_major=seed % 2 == 0)
     check_case(attention, drawn(seed), has_backward=False)
@@ -39,6 +39,11 @@ def test_skip_softmax(seed: int):
     ]
     assert counts[0].tolist() == counts[1].tolist()
     check_case(attention, case, has_backward=False)
+
+
+@pytest.mark.parametrize("page_size", [4, 32], ids=["single_keys", "whole_blocks"])
+def test_page_numbers_are_clamped(page_size: int):
+    check_page_numbers_are_clamped(page_size)
 
 
 def test_the_cases_are_varied():

@@ -10,7 +10,7 @@ from torch import Tensor
 from fa_ops.attention import _attention
 from tests.support.cases import Inputs
 from tests.support.memory import Canaries
-from tests.support.problems import op_arguments
+from tests.support.problems import op_arguments, small_case
 
 UNREADABLE = 0x2A5A_5A5A  # a page number far outside of any cache
 SPARE_PAGES, SPARE_ENTRIES = 2, 2
@@ -59,6 +59,21 @@ def paged(page_size: int, is_head_major: bool = False) -> Callable:
         return results
 
     return attention
+
+
+def check_page_numbers_are_clamped(page_size: int) -> None:
+    """Whatever numbers a table holds, they lead to pages."""
+    inputs = small_case(lens_q=(1, 5), lens_k=(40, 9)).build()
+    q, k, v, *others = paged_arguments(inputs, page_size)
+    names = [argument.name for argument in torch.ops.modelopt.varlen_attention.default._schema.arguments]
+    given = dict(zip(names, (q, k.nan_to_num(), v.nan_to_num(), *others), strict=True))
+    wild = given["block_table"].clone()
+    wild[0, ::2], wild[1, ::2] = -5, UNREADABLE
+    found, expected = (
+        torch.ops.modelopt.varlen_attention(**given | {"block_table": table})[0]
+        for table in (wild, wild.clamp(0, len(k) - 1))
+    )
+    assert torch.equal(found, expected)
 
 
 def paged_arguments(inputs: Inputs, page_size: int) -> tuple:

@@ -11,7 +11,7 @@ from fa_ops.reference import attention_reference
 from tests.support.accuracy import AccuracyError, check_case
 from tests.support.cases import Case
 from tests.support.draw import Profile, draw_case, draw_skip_case
-from tests.support.paged import paged, to_pages
+from tests.support.paged import check_page_numbers_are_clamped, paged, to_pages
 from tests.support.problems import op_arguments, small_case
 
 OP = torch.ops.modelopt.varlen_attention
@@ -29,14 +29,19 @@ def drawn(seed: int, draw=draw_case, *options) -> Case:
     return dataclasses.replace(draw(PROFILE, seed, *options), key_mask=None)
 
 
-@pytest.mark.parametrize("seed", range(40))
+def seeds(count: int, quick: int):
+    marks = ((), pytest.mark.slow)
+    return pytest.mark.parametrize("seed", [pytest.param(n, marks=marks[n >= quick]) for n in range(count)])
+
+
+@seeds(40, 15)
 def test_accuracy(seed: int):
     # PyTorch's flash attention for CPU takes a coarser exponential in 16 bits, which its lse shows
     attention = paged(PAGE_SIZES[seed % len(PAGE_SIZES)], is_head_major=seed % 2 == 0)
     check_case(attention, drawn(seed), is_lse_float32=False, has_backward=False)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@seeds(12, 5)
 def test_skip_softmax(seed: int):
     case = drawn(seed, draw_skip_case, ((16, 16), (16, 32), (32, 16)))
     attention, inputs = paged(PAGE_SIZES[seed % len(PAGE_SIZES)]), case.build()
@@ -117,6 +122,10 @@ def test_lengths_are_clamped_to_the_table(length: int):
         call(inputs, k, v, table, seqused_k=torch.tensor([n, 9])) for n in (length, min(max(length, 0), room))
     )
     assert torch.equal(found, expected)
+
+
+def test_page_numbers_are_clamped():
+    check_page_numbers_are_clamped(4)
 
 
 def test_a_cache_without_pages():
