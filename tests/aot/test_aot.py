@@ -91,7 +91,7 @@ def test_combine(arch: str):
 
 
 @pytest.mark.parametrize("paging", [1, 2], ids=["whole_blocks", "single_keys"])
-@pytest.mark.parametrize("arch", ["sm_90", LEAST_SHARED_MEMORY])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param(LEAST_SHARED_MEMORY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kernel", ["forward", "decode"])
 def test_paged_caches(kernel: str, arch: str, paging: int):
     flags = {"PAGING": paging, "LEAVES_SINGLE_ROWS": True}

@@ -68,7 +68,7 @@ def drawn(seed: int) -> Case:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 9004 else pytest.mark.slow) for n in SEEDS])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 9003 else pytest.mark.slow) for n in SEEDS])
 def test_accuracy(seed: int, split):
     split(SPLITS[seed % len(SPLITS)])
     check_case(fa_ops.attention, drawn(seed))
@@ -133,7 +133,7 @@ def test_bits(skip_share, split):
     properties.check_repeats(fa_ops.attention, case)
 
 
-@pytest.mark.parametrize("group_size", [1, 5, 20])
+@pytest.mark.parametrize("group_size", [pytest.param(1, marks=pytest.mark.slow), 5, 20])
 def test_group_sizes(group_size: int, split):
     split(2)
     check_case(fa_ops.attention, decoding_case((50,), group_size=group_size))
