@@ -78,17 +78,28 @@ def counts_of(attention, inputs) -> list:
     return inputs.call(attention, inputs.q, inputs.k, inputs.v, return_skip_counts=True)[-1].tolist()
 
 
+def slow(*values) -> list:
+    return [pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
+NUM_KEYS = [1, 2049, *slow(15, 129, 2048, 4200, 9973, 20_000)]
+
+
 @pytest.mark.parametrize("num_splits", [1, 8, 32])
-@pytest.mark.parametrize(
-    "num_keys", [1, 2049, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 129, 2048, 4200, 9973, 20_000))]
-)
-def test_skip_softmax(num_keys: int, num_splits: int, split):
-    """Counts are exactly the oracle's."""
+@pytest.mark.parametrize("num_keys", NUM_KEYS)
+def test_counts(num_keys: int, num_splits: int, split):
+    """Visited and dropped blocks are exactly the oracle's."""
     split(num_splits)
     inputs = skipping_case(num_keys).build()
     assert num_keys < 1000 or 0.1 < dropped_share(inputs) < 0.9
     assert counts_of(fa_ops.attention, inputs) == counts_of(attention_reference, inputs)
-    check_case(fa_ops.attention, inputs.case, has_backward=num_keys < 1000)
+
+
+@pytest.mark.parametrize("num_splits", [8, *slow(1, 32)])
+@pytest.mark.parametrize("num_keys", NUM_KEYS)
+def test_skip_softmax(num_keys: int, num_splits: int, split):
+    split(num_splits)
+    check_case(fa_ops.attention, skipping_case(num_keys), has_backward=num_keys < 1000)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,7 @@ def test_paged_caches(page_size: int, is_padded: bool, split):
     check_case(paged(page_size), case, has_backward=False)
 
 
-@pytest.mark.parametrize("skip_share", [None, 0.5], ids=["dense", "skip_softmax"])
+@pytest.mark.parametrize("skip_share", [0.5, *slow(None)])
 def test_bits(skip_share, split):
     split(4)
     case = decoding_case((40, 17), skip_share=skip_share, skip_block=(16, 16))
@@ -133,7 +144,7 @@ def test_bits(skip_share, split):
     properties.check_repeats(fa_ops.attention, case)
 
 
-@pytest.mark.parametrize("group_size", [pytest.param(1, marks=pytest.mark.slow), 5, 20])
+@pytest.mark.parametrize("group_size", [5, 20, *slow(1)])
 def test_group_sizes(group_size: int, split):
     split(2)
     check_case(fa_ops.attention, decoding_case((50,), group_size=group_size))
