@@ -87,37 +87,22 @@ def attention(
         float32, (Hq, total_q) or (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are
         differentiable in q, k and v.
 
+    Queries of one row, (B, 1, Hq, D), are decoding: FA_OPS_KERNEL=preview splits their keys among programs
+    (`fa_ops.decoding`).
+
     Under autocast q, k and v are cast to its dtype. On CPU tensors the op loops over PyTorch's flash attention; on CUDA
     tensors (compute capability 8.0 or higher) it runs Triton kernels (FlashAttention-2, arXiv 2307.08691).
 
     Raises:
         ValueError: a shape, stride, device or value that is not accepted.
         TypeError: a dtype that is not accepted.
-        NotImplementedError: an argument of a later release, or forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation.
     """
-    checks.check_types(
-        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
-        {"b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask},
-        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
-        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
-        is_causal, softmax_scale, deterministic,
+    return _attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale, b_start_loc_k, b_seq_len_k,
+        max_input_len_k, None, window_size, softcap, sinks, key_mask, deterministic, skip_softmax_threshold,
+        skip_softmax_block, return_lse, return_skip_counts,
     )  # fmt: skip
-    threshold = _threshold_tensor(skip_softmax_threshold, q)
-    if return_skip_counts and threshold is None:
-        raise ValueError(
-            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
-            "threshold or False"
-        )
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode(q, k, v)
-    q, k, v = _autocast(q, k, v)
-    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
-        b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask, None,
-        deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
-    )  # fmt: skip
-    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
-    return out if len(results) == 1 else tuple(results)
 
 
 def varlen_attn(
@@ -143,43 +128,110 @@ def varlen_attn(
 
     Args:
         query: (total_q, Hq, D), see `attention`.
-        key: (total_k, Hkv, D).
-        value: (total_k, Hkv, Dv).
+        key: (total_k, Hkv, D), or a paged cache, (pages, page size, Hkv, D): any page size, any strides, no copy.
+        value: (total_k, Hkv, Dv), or (pages, page size, Hkv, Dv).
         cu_seq_q: (B + 1,) int32 or int64: 0, the end of the first sequence, ..., the end of the last.
-        cu_seq_k: (B + 1,), likewise of the keys. None belongs to paging, and raises.
+        cu_seq_k: (B + 1,), likewise of the keys. None for a paged cache.
         max_q: longest sequence of queries; never changes a result.
         max_k: longest sequence of keys, likewise.
         return_aux: with ``lse=True`` also return lse, (Hq, total_q) float32.
         scale: 1 / sqrt(D) if None.
         window_size: (left, right), -1 for unlimited; (-1, 0) is causal attention, bottom-right aligned.
         enable_gqa: accept fewer heads of keys and values than of queries.
-        seqused_k: (B,) int32 or int64, keys of each sequence, counted from its begin in ``cu_seq_k``; all if None.
-        block_table: paging is not implemented yet: anything but None raises.
+        seqused_k: (B,) int32 or int64, keys of each sequence, counted from its begin in ``cu_seq_k``; all if None. A
+            paged cache needs it.
+        block_table: (B, max_pages) int32 or int64, the pages of each sequence in their order, which makes key and value
+            a paged cache: key n of sequence b is row ``n % page_size`` of page ``block_table[b, n // page_size]``.
+            Sequences may share pages. Entries behind the last key are not read, page numbers are clamped to those of
+            pages, and lengths to ``max_pages * page_size``. A paged cache has no gradients.
         num_splits: a sequence's result never depends on its neighbours, whatever is given here.
 
     Returns:
         out (total_q, Hq, Dv), or (out, lse).
 
     Raises:
-        As `attention`, and ValueError for unequal numbers of heads without ``enable_gqa``.
+        As `attention`; ValueError for unequal numbers of heads without ``enable_gqa``, and for a block_table with
+        ``cu_seq_k`` or without ``seqused_k``; NotImplementedError for a block_table where a gradient is asked for.
     """
-    if block_table is not None or cu_seq_k is None:
-        name, given = ("cu_seq_k", "None") if block_table is None else ("block_table", "a tensor")
-        raise NotImplementedError(
-            f"{name}: {given} given; a paged cache is not implemented yet, pass cu_seq_k and no block_table"
-        )
     if not enable_gqa and query.shape[-2] != key.shape[-2]:
         raise ValueError(
             f"enable_gqa: False given, with {query.shape[-2]} heads of query and {key.shape[-2]} of key; expected "
             "equal numbers, or True"
         )
+    _check_cache(cu_seq_k, seqused_k, block_table)
     b_start_loc, b_seq_len = varlen.from_cu_seqlens(cu_seq_q)
-    b_start_loc_k, b_seq_len_k = varlen.from_cu_seqlens(cu_seq_k)
-    return attention(
+    b_start_loc_k, b_seq_len_k = (None, None) if cu_seq_k is None else varlen.from_cu_seqlens(cu_seq_k)
+    return _attention(
         query, key, value, b_start_loc, b_seq_len, max_q, False, scale,
-        b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k,
-        window_size=window_size, return_lse=return_aux is not None and return_aux.lse,
+        b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k, block_table,
+        window_size, return_lse=return_aux is not None and return_aux.lse,
     )  # fmt: skip
+
+
+def _check_cache(cu_seq_k: Tensor | None, seqused_k: Tensor | None, block_table: Tensor | None) -> None:
+    """Keys are found by cu_seq_k, or by block_table and seqused_k."""
+    if block_table is None and cu_seq_k is None:
+        raise ValueError("cu_seq_k: None given without block_table; accepted are a Tensor, or None for a paged cache")
+    if block_table is not None and cu_seq_k is not None:
+        raise ValueError(
+            "cu_seq_k: a Tensor given with block_table; pages are found without it, pass None and seqused_k"
+        )
+    if block_table is not None and seqused_k is None:
+        raise ValueError("seqused_k: None given with block_table; a paged cache needs the keys of each sequence, (B,)")
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    max_input_len: int | None,
+    is_causal: bool,
+    softmax_scale: float | None,
+    b_start_loc_k: Tensor | None,
+    b_seq_len_k: Tensor | None,
+    max_input_len_k: int | None,
+    block_table: Tensor | None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    deterministic: bool | None = None,
+    skip_softmax_threshold: Tensor | float | None = None,
+    skip_softmax_block: tuple[int, int] = (64, 128),
+    return_lse: bool = False,
+    return_skip_counts: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`attention`, whose k and v are a paged cache where there is a block_table."""
+    checks.check_types(
+        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
+        {
+            "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
+            "block_table": block_table,
+        },
+        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
+        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
+        is_causal, softmax_scale, deterministic,
+    )  # fmt: skip
+    threshold = _threshold_tensor(skip_softmax_threshold, q)
+    if return_skip_counts and threshold is None:
+        raise ValueError(
+            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
+            "threshold or False"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
+        checks.check_no_backward(block_table)
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+        b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask,
+        block_table, deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
+    )  # fmt: skip
+    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
+    return out if len(results) == 1 else tuple(results)
 
 
 def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | None:
@@ -196,7 +248,7 @@ def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | N
     if threshold >= 1.0:
         warnings.warn(
             f"skip_softmax_threshold: {threshold} given; from 1 on nothing is dropped: this is dense attention",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return torch.full((), threshold, dtype=torch.float32, device=q.device)

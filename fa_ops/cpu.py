@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fa_ops.cpu_pages import gather_pages
+
 ROW_BLOCK = 256
 PLAIN_BLOCK_ELEMENTS = 1 << 21
 
@@ -62,10 +64,13 @@ class Block(NamedTuple):
 
 def varlen_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor,
-    key_mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float, left: int, right: int,
+    key_mask: Tensor | None, sinks: Tensor | None, block_table: Tensor | None,
+    scale: float, softcap: float, left: int, right: int,
     out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fills `out` and `lse`, which are laid out as `fa_ops_meta.outputs` says."""
+    if block_table is not None:
+        k, v, start_k, length_k = gather_pages(q, k, v, block_table, length_k)
     q, scale, _ = _with_positive_scale(q, scale)
     is_flash = q.shape[-1] == v.shape[-1] and softcap == 0.0
     runs = list(_runs(q, k, start, length, start_k, length_k, key_mask, is_flash))

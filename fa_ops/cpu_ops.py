@@ -30,10 +30,14 @@ def _define(name: str, returns: str, schema: str, allocate: Callable, compute: C
     return getattr(torch.ops.modelopt, name).default
 
 
+def _allocate_with_skip(q, k, v, start, length, start_k, length_k, key_mask, sinks, block_table, *numbers):
+    return *outputs.empty_forward(q, v), *outputs.empty_skip(q, k, length, numbers[-2:], block_table)
+
+
 forward = _define(
     "_varlen_attention_cpu",
     "Tensor, Tensor",
-    f"{_TENSORS}, {_NUMBERS}",
+    f"{_TENSORS}, Tensor? block_table, {_NUMBERS}",
     lambda q, k, v, *_: outputs.empty_forward(q, v),
     cpu.varlen_attention_cpu,
 )
@@ -47,8 +51,8 @@ backward = _define(
 skip_forward = _define(
     "_skip_softmax_attention_cpu",
     "Tensor, Tensor, Tensor, Tensor",
-    f"{_TENSORS}, Tensor threshold, {_NUMBERS}, {_BLOCKS}",
-    lambda q, k, v, start, *args: (*outputs.empty_forward(q, v), *outputs.empty_skip(q, k, start, args[-2:])),
+    f"{_TENSORS}, Tensor? block_table, Tensor threshold, {_NUMBERS}, {_BLOCKS}",
+    _allocate_with_skip,
     cpu_skip.varlen_attention_skip_cpu,
 )
 skip_backward = _define(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_ops.cpu import PLAIN_BLOCK_ELEMENTS, batched, head_major, sequence_ranges
+from fa_ops.cpu_pages import gather_pages
 from fa_ops_meta.skip import BITS_PER_WORD, DECODE_SEGMENT, VISIT_ORDER
 
 
@@ -72,11 +73,13 @@ class Piece(NamedTuple):
 
 def varlen_attention_skip_cpu(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor,
-    key_mask: Tensor | None, sinks: Tensor | None, threshold: Tensor, scale: float, softcap: float,
-    left: int, right: int, br: int, bc: int,
+    key_mask: Tensor | None, sinks: Tensor | None, block_table: Tensor | None, threshold: Tensor,
+    scale: float, softcap: float, left: int, right: int, br: int, bc: int,
     out: Tensor, lse: Tensor, block_bits: Tensor, counts: Tensor, order: str = VISIT_ORDER,
 ) -> None:  # fmt: skip
     """Fills `out`, `lse`, `block_bits` and `counts`, laid out as `fa_ops_meta.outputs` says; `threshold` is (B, Hq)."""
+    if block_table is not None:
+        k, v, start_k, length_k = gather_pages(q, k, v, block_table, length_k)
     out.zero_()
     lse.fill_(float("-inf"))
     block_bits.zero_()

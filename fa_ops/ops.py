@@ -5,6 +5,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,30 +14,31 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops
+from fa_ops import cpu_ops, decoding
+from fa_ops.launching import (
+    HAS_TRITON,
+    IS_INTERPRETED,
+    dlse_strides,
+    leading_strides,
+    lse_strides,
+    mask_strides,
+    page_counts,
+    paging,
+    strides_of,
+    wrap_triton,
+)
 from fa_ops_meta import checks, flops, outputs
+from fa_ops_meta.paging import key_extent
 from fa_ops_meta.schema import bind
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
-try:
-    import triton
-except ImportError:
-    HAS_TRITON = IS_INTERPRETED = False
-else:
+if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
     from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
+    from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
 
-    HAS_TRITON = True
-    IS_INTERPRETED = triton.knobs.runtime.interpret
-
-if IS_INTERPRETED:
-
-    def wrap_triton(kernel: Any, /) -> Any:
-        """Interpreted kernels are launched bare: torch 2.11 refuses to wrap them."""
-        return kernel
-else:
-    from torch.library import wrap_triton
+logger = logging.getLogger(__name__)
 
 
 def _varlen_attention(
@@ -78,12 +80,12 @@ def _varlen_attention(
         tensors = (q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, sinks)
         numbers = (scale, softcap, window_left, right)
         if skip_blocks is not None:
-            return cpu_ops.skip_forward(*tensors, threshold, *numbers, *skip_blocks)
-        return *cpu_ops.forward(*tensors, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
+            return cpu_ops.skip_forward(*tensors, block_table, threshold, *numbers, *skip_blocks)
+        return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     _require_triton(q)
     out, lse = outputs.empty_forward(q, v)
-    block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks)
+    block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
     if skip_blocks is not None:
         block_bits.zero_()
         counts.zero_()
@@ -92,24 +94,39 @@ def _varlen_attention(
         # rows that belong to no sequence; in the padded layout the kernel writes them
         out.zero_()
         lse.fill_(float("-inf"))
-    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
+    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
     if num_seqs * rows_q == 0:
         return out, lse, block_bits, counts
+    num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
+    if num_splits is not None:
+        logger.debug("decode kernel: %s splits", num_splits)
+        with _device_of(q):
+            decoding.launch(
+                num_splits, _tile("decode", q, v, skip_blocks), q, k, v, out, lse,
+                (b_start_loc, b_seq_len, start_k, length_k), key_mask, block_table, sinks, threshold,
+                block_bits, counts, (scale, softcap, window_left, right), skip_softmax_block_q,
+            )  # fmt: skip
+        if not is_packed:
+            return out, lse, block_bits, counts
+    logger.debug("forward kernel")
     tile = _tile("forward", q, v, skip_blocks)
     with _device_of(q):
         wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
-            b_seq_len if key_mask is None else key_mask, lse if sinks is None else sinks,
+            b_seq_len if key_mask is None else key_mask, b_seq_len if block_table is None else block_table,
+            lse if sinks is None else sinks,
             *((lse, b_seq_len, b_seq_len) if threshold is None else (threshold, block_bits, counts)),
-            scale, softcap, window_left, right, num_seqs, rows_q, rows_k,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask),
-            *_leading_strides(threshold), *_leading_strides(block_bits),
+            scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *page_counts(k, block_table),
+            *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *lse_strides(lse),
+            *mask_strides(key_mask), *leading_strides(block_table), *leading_strides(threshold),
+            *leading_strides(block_bits),
             GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
             SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
+            LEAVES_SINGLE_ROWS=num_splits is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse, block_bits, counts
@@ -148,6 +165,7 @@ def _varlen_attention_backward(
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
+    checks.check_no_backward(block_table)
     checks.check_gradients(out, lse, dout, dlse)
     b_start_loc, b_seq_len, start_k, length_k, sinks = _contiguous_metadata(
         b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
@@ -188,8 +206,8 @@ def _varlen_attention_backward(
         b_seq_len if key_mask is None else key_mask, b_seq_len if skip_blocks is None else block_bits,
     )  # fmt: skip
     sizes = (
-        scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *_strides(q), *_strides(k), *_strides(v),
-        *_leading_strides(block_bits),
+        scale, softcap, window_left, right, num_seqs, rows_q, rows_k, *strides_of(q), *strides_of(k), *strides_of(v),
+        *leading_strides(block_bits),
     )  # fmt: skip
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
@@ -203,14 +221,15 @@ def _varlen_attention_backward(
         tile = _tile("dq", q, v, skip_blocks)
         wrap_triton(attention_backward_dq_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
-            *_strides(out), *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_dlse_strides(dlse),
-            *_strides(dq), **constants, HAS_DLSE=dlse is not None,
+            *strides_of(out), *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *dlse_strides(dlse),
+            *strides_of(dq), **constants, HAS_DLSE=dlse is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         tile = _tile("dkv", q, v, skip_blocks)
         wrap_triton(attention_backward_dkv_kernel)[_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
-            *_lse_strides(lse), *_mask_strides(key_mask), *_strides(dout), *_strides(dk), *_strides(dv), **constants,
+            *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *strides_of(dk), *strides_of(dv),
+            **constants,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
@@ -263,28 +282,6 @@ def _require_triton(q: Tensor) -> None:
         raise ImportError(f"q: device {q.device} given, and Triton is not installed: `pip install triton` (Linux)")
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """(batch, row, head) strides; packed tensors have no batch."""
-    return (0, t.stride(0), t.stride(1)) if t.dim() == 3 else (t.stride(0), t.stride(1), t.stride(2))
-
-
-def _lse_strides(lse: Tensor) -> tuple[int, int]:
-    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
-
-
-def _dlse_strides(dlse: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 1) if dlse is None else (*_lse_strides(dlse), dlse.stride(-1))
-
-
-def _mask_strides(key_mask: Tensor | None) -> tuple[int, int]:
-    return (0, 1) if key_mask is None else (key_mask.stride(0), key_mask.stride(1))
-
-
-def _leading_strides(t: Tensor | None) -> tuple[int, int]:
-    """The first two, of a threshold (B, Hq) or of block_bits (Hq, tiles, words)."""
-    return (0, 0) if t is None or t.dim() < 2 else (t.stride(0), t.stride(1))
-
-
 def _grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
     """Enough tiles for any lengths: nothing is read back from the device to count them."""
     tiles = (rows + block - 1) // block
@@ -325,19 +322,22 @@ def _fake_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if given["skip_softmax_threshold"] is not None:
         skip_blocks = given["skip_softmax_block_q"], given["skip_softmax_block_k"]
     q, k, v = args[:3]
-    return *outputs.empty_forward(q, v), *outputs.empty_skip(q, k, given["b_seq_len"], skip_blocks)
+    skip = outputs.empty_skip(q, k, given["b_seq_len"], skip_blocks, given["block_table"])
+    return *outputs.empty_forward(q, v), *skip
 
 
 def _fake_backward(dout, dlse, out, lse, block_bits, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _register_sharding_rules()
     checks.check_attention(*args)
+    given = bind(torch.ops.modelopt.varlen_attention.default, args)
+    checks.check_no_backward(given["block_table"])
     checks.check_gradients(out, lse, dout, dlse)
     q, k, v = args[:3]
-    sinks = bind(torch.ops.modelopt.varlen_attention.default, args)["sinks"]
-    return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q, sinks)
+    return *outputs.empty_backward(q, k, v), outputs.empty_dsinks(q, given["sinks"])
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    checks.check_no_backward(inputs[BLOCK_TABLE])
     out, lse, block_bits, counts = output
     is_tensor = [isinstance(x, Tensor) for x in inputs]
     ctx.save_for_backward(out, lse, block_bits, *(x for x, t in zip(inputs, is_tensor, strict=True) if t))
@@ -373,7 +373,8 @@ def _define_op(name: str, body: Any, fake: Callable) -> Any:
 
 
 _forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)
-SINKS = [argument.name for argument in torch.ops.modelopt.varlen_attention.default._schema.arguments].index("sinks")
+_NAMES = [argument.name for argument in torch.ops.modelopt.varlen_attention.default._schema.arguments]
+SINKS, BLOCK_TABLE = _NAMES.index("sinks"), _NAMES.index("block_table")
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _define_op("modelopt::varlen_attention_backward", _varlen_attention_backward, _fake_backward)
 
@@ -382,7 +383,9 @@ if HAS_TRITON and not IS_INTERPRETED:
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     torch._library.triton.triton_ops_to_kernels.update({
-        "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels],
+        "modelopt::varlen_attention": [
+            attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,
+        ],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip
 

@@ -72,6 +72,7 @@ def attention_reference(
     skip_softmax_block: tuple[int, int] = (64, 128),
     return_lse: bool = False,
     return_skip_counts: bool = False,
+    block_table: Tensor | None = None,
     upcast: bool = True,
     reorder_ops: bool = False,
     order: str = VISIT_ORDER,
@@ -87,6 +88,8 @@ def attention_reference(
         reorder_ops: do the same operations in another order, which rounds elsewhere.
         skip_softmax_threshold: as in `fa_ops.attention`, but that any number outside (0, 1) drops nothing, without a
             warning. Which blocks are dropped is decided in float64, whatever `upcast` says.
+        block_table: (B, max_pages), which makes k and v a paged cache, (pages, page size, Hkv, D): the keys of a
+            sequence lie in the pages that its row names. ``b_start_loc_k`` is None then.
         order: in which order a query block visits its key blocks, one of `fa_ops_meta.skip.VISIT_ORDERS`.
 
     Returns:
@@ -104,6 +107,9 @@ def attention_reference(
             "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
             "threshold or False"
         )
+    if block_table is not None and b_seq_len_k is not None:
+        k, v = (_without_pages(t, block_table, b_seq_len_k) for t in (k, v))
+        b_start_loc_k = torch.zeros_like(b_seq_len_k)
     if b_start_loc_k is None or b_seq_len_k is None:
         b_start_loc_k, b_seq_len_k = b_start_loc, b_seq_len
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -161,6 +167,17 @@ def sequence_rows(t: Tensor, starts: Tensor, lengths: Tensor) -> list[Tensor]:
         for b, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True))
     ]
     return [torch.arange(start, start + n, device=t.device) for start, n in (*ranges, (0, 0))]
+
+
+def _without_pages(t: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    """(pages, page size, H, D) -> (B, longest, H, D), the rows of each sequence in their order, and 0 behind them."""
+    longest = max(lengths.tolist(), default=0)
+    padded = t.new_zeros(len(lengths), longest, *t.shape[2:])
+    for seq, (pages, n) in enumerate(zip(block_table.tolist(), lengths.tolist(), strict=True)):
+        if n:
+            rows = torch.cat([t[page] for page in pages[: -(-n // t.shape[1])]])[:n]
+            padded[seq, :n] = rows
+    return padded
 
 
 def _as_rows(t: Tensor) -> Tensor:

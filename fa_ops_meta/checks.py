@@ -72,8 +72,7 @@ def check_attention(
     skip_softmax_block_q: int = 64,
     skip_softmax_block_k: int = 128,
 ) -> None:
-    """Takes the op's arguments. Raises TypeError for a dtype, NotImplementedError for what the release does not have,
-    ValueError for the rest."""
+    """Takes the op's arguments. Raises TypeError for a dtype, ValueError for the rest."""
     for name, size in (
         ("window_left (window_size[0])", window_left),
         ("window_right (window_size[1])", window_right),
@@ -82,18 +81,19 @@ def check_attention(
             raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
     if not (math.isfinite(softcap) and softcap >= 0.0):
         raise ValueError(f"softcap: {softcap} given; it must be finite and positive, or 0.0 for none")
-    if block_table is not None:
-        raise NotImplementedError("block_table: a Tensor given; paged caches are not implemented yet, pass None")
     for name, size in (
         ("skip_softmax_block_q (skip_softmax_block[0])", skip_softmax_block_q),
         ("skip_softmax_block_k (skip_softmax_block[1])", skip_softmax_block_k),
     ):
         if size not in BLOCK_SIZES:
             raise ValueError(f"{name}: {size} given; accepted are {BLOCK_SIZES}")
-    _check_qkv(q, k, v)
+    _check_qkv(q, k, v, block_table is not None)
     _check_scalars(softmax_scale, max_input_len, max_input_len_k)
     _check_ranges("", q, b_start_loc, b_seq_len)
-    _check_key_side(q, k, b_start_loc, b_start_loc_k, b_seq_len_k, max_input_len_k)
+    if block_table is not None:
+        _check_paging(q, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, block_table)
+    else:
+        _check_key_side(q, k, b_start_loc, b_start_loc_k, b_seq_len_k, max_input_len_k)
     if key_mask is not None:
         _check_key_mask(k, key_mask)
     if sinks is not None:
@@ -107,6 +107,15 @@ def check_capability(major: int, minor: int, name: str) -> None:
     if (major, minor) < MIN_CAPABILITY:
         raise ValueError(
             f"q: device {name!r} has compute capability {major}.{minor}; the kernels need 8.0 (sm_80) or higher"
+        )
+
+
+def check_no_backward(block_table: Tensor | None) -> None:
+    """Where a gradient is asked for."""
+    if block_table is not None:
+        raise NotImplementedError(
+            "block_table: a Tensor given where a gradient is asked for; a paged cache has no backward, detach q, k, v "
+            "and sinks or call under torch.no_grad()"
         )
 
 
@@ -127,7 +136,7 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, is_paged: bool) -> None:
     rank = q.dim()
     if rank not in (3, 4):
         raise ValueError(f"q: shape {_shape(q)} given; accepted are (total, Hq, D) packed and (B, S, Hq, D) padded")
@@ -141,7 +150,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.layout is not torch.strided:
             raise ValueError(f"{name}: layout {t.layout} given; accepted is torch.strided")
     for name, t in (("k", k), ("v", v)):
-        if t.dim() != rank:
+        if is_paged and t.dim() != 4:
+            raise ValueError(f"{name}: shape {_shape(t)} given with block_table; expected (pages, page size, Hkv, D)")
+        if not is_paged and t.dim() != rank:
             raise ValueError(
                 f"{name}: shape {_shape(t)} given; expected {rank} dimensions, as q has: packed (total, H, D) and "
                 "padded (B, S, H, D) tensors cannot be mixed"
@@ -167,7 +178,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"k: {heads_kv} heads given with {heads_q} query heads; q's number of heads must be a multiple of k's"
         )
-    if rank == 4 and k.shape[0] != q.shape[0]:
+    if is_paged and k.shape[1] == 0:
+        raise ValueError("k: page size 0 given; with block_table it must be 1 or more")
+    if rank == 4 and not is_paged and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: batch size {k.shape[0]} given; expected q's, {q.shape[0]}")
 
 
@@ -181,12 +194,7 @@ def _check_scalars(softmax_scale: float | None, max_input_len: int | None, max_i
 
 def _check_ranges(suffix: str, q: Tensor, start: Tensor, length: Tensor) -> None:
     for name, t in ((f"b_start_loc{suffix}", start), (f"b_seq_len{suffix}", length)):
-        if t.dim() != 1:
-            raise ValueError(f"{name}: shape {_shape(t)} given; expected (B,), one entry for each sequence")
-        if t.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{name}: dtype {t.dtype} given; accepted are int32 and int64")
-        if t.device != q.device:
-            raise ValueError(f"{name}: device {t.device} given; expected q's, {q.device}")
+        _check_index(name, q, t)
     if length.shape[0] != start.shape[0]:
         raise ValueError(
             f"b_seq_len{suffix}: {length.shape[0]} entries given; expected as many as b_start_loc{suffix} has, "
@@ -194,6 +202,17 @@ def _check_ranges(suffix: str, q: Tensor, start: Tensor, length: Tensor) -> None
         )
     if q.dim() == 4 and start.shape[0] != q.shape[0]:
         raise ValueError(f"b_start_loc{suffix}: {start.shape[0]} entries given; expected q's batch size, {q.shape[0]}")
+
+
+def _check_index(
+    name: str, q: Tensor, t: Tensor, rank: int = 1, expected: str = "(B,), one entry for each sequence"
+) -> None:
+    if t.dim() != rank:
+        raise ValueError(f"{name}: shape {_shape(t)} given; expected {expected}")
+    if t.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: dtype {t.dtype} given; accepted are int32 and int64")
+    if t.device != q.device:
+        raise ValueError(f"{name}: device {t.device} given; expected q's, {q.device}")
 
 
 def _check_key_side(
@@ -231,6 +250,34 @@ def _check_key_side(
             f"k: {k.shape[-3]} rows given with {q.shape[-3]} query rows; where they differ, b_start_loc_k and "
             "b_seq_len_k are required"
         )
+
+
+def _check_paging(
+    q: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor | None,
+    b_seq_len_k: Tensor | None,
+    key_mask: Tensor | None,
+    block_table: Tensor,
+) -> None:
+    if b_start_loc_k is not None:
+        raise ValueError(
+            "b_start_loc_k: a Tensor given with block_table; a sequence's keys begin with the first row of its first "
+            "page, pass None"
+        )
+    if b_seq_len_k is None:
+        raise ValueError(
+            "b_seq_len_k: None given with block_table; a paged cache needs the number of keys of each sequence, (B,)"
+        )
+    if key_mask is not None:
+        raise ValueError("key_mask: given with block_table; it is for the padded layout, (B, S, Hkv, D), pass None")
+    _check_index("b_seq_len_k", q, b_seq_len_k)
+    _check_index("block_table", q, block_table, 2, "(B, max_pages), the pages of each sequence")
+    for name, t in (("b_seq_len_k", b_seq_len_k), ("block_table", block_table)):
+        if t.shape[0] != b_seq_len.shape[0]:
+            raise ValueError(
+                f"{name}: {t.shape[0]} sequences given; expected as many as b_seq_len has, {b_seq_len.shape[0]}"
+            )
 
 
 def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:

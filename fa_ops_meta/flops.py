@@ -5,7 +5,8 @@ takes two products of the heads' vectors in the forward (scores, out) and five i
 and dV), whatever a kernel recomputes beyond that. Pairs are counted exactly from the lengths, which reads them from the
 device; the holes of a key_mask count as keys, and so does what skip-softmax drops. Where lengths have no values to read
 (meta tensors, and subclasses: fake, functional, DTensor) the count is an upper bound from shapes: every row of a padded
-batch, or one sequence that holds all packed rows. (It bounds key ranges that do not overlap.)
+batch, or one sequence that holds all packed rows (which bounds key ranges that do not overlap); of a paged cache, each
+packed row with all keys that a row of block_table has room for.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_ops_meta.paging import key_extent
 from fa_ops_meta.schema import bind
 
 
@@ -67,22 +69,28 @@ def _sum_clamped(first: int, count: int, most: int) -> int:
 
 def _count_all_pairs(given: dict[str, Any]) -> int:
     """Pairs of all query heads and sequences."""
-    q, k = given["q"], given["k"]
+    q, block_table = given["q"], given["block_table"]
+    rows_k = key_extent(given["k"], block_table)
     lengths = _read_lengths(given["b_start_loc"], given["b_seq_len"], q.shape[-3])
     side = "" if given["b_seq_len_k"] is None else "_k"
-    lengths_k = _read_lengths(given["b_start_loc" + side], given["b_seq_len" + side], k.shape[-3])
+    start_k = given["b_start_loc" + side] if block_table is None else None
+    lengths_k = _read_lengths(start_k, given["b_seq_len" + side], rows_k)
     if lengths is None or lengths_k is None:
+        if q.dim() == 3 and block_table is not None:  # as many keys for each row, whichever sequence it belongs to
+            return q.shape[-2] * q.shape[-3] * rows_k
         num_seqs = 1 if q.dim() == 3 else q.shape[0]
-        lengths, lengths_k = [q.shape[-3]] * num_seqs, [k.shape[-3]] * num_seqs
+        lengths, lengths_k = [q.shape[-3]] * num_seqs, [rows_k] * num_seqs
     return q.shape[-2] * sum(
         count_pairs(len_q, len_k, given["is_causal"], given["window_left"], given["window_right"])
         for len_q, len_k in zip(lengths, lengths_k, strict=True)
     )
 
 
-def _read_lengths(start: Tensor, length: Tensor, rows: int) -> list[int] | None:
-    """Lengths of the ranges clamped into `rows` rows, as the ops clamp them; None where they have no values."""
+def _read_lengths(start: Tensor | None, length: Tensor, rows: int) -> list[int] | None:
+    """Lengths of the ranges clamped into `rows` rows, as the ops clamp them; None where they have no values. Without
+    starts all begin at 0."""
     if length.is_meta or type(length) is not Tensor:
         return None
-    firsts = (min(max(first, 0), rows) for first in start.tolist())
-    return [min(max(count, 0), rows - first) for first, count in zip(firsts, length.tolist(), strict=True)]
+    counts = length.tolist()
+    firsts = [0] * len(counts) if start is None else (min(max(first, 0), rows) for first in start.tolist())
+    return [min(max(count, 0), rows - first) for first, count in zip(firsts, counts, strict=True)]

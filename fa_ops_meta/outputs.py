@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fa_ops_meta.paging import key_extent
 from fa_ops_meta.skip import BITS_PER_WORD
 
 
@@ -16,7 +17,9 @@ def empty_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((*batch, heads, rows), dtype=torch.float32)
 
 
-def empty_skip(q: Tensor, k: Tensor, b_seq_len: Tensor, skip_blocks: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def empty_skip(
+    q: Tensor, k: Tensor, b_seq_len: Tensor, skip_blocks: Sequence[int] | None, block_table: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Uninitialised (block_bits, counts) of skip-softmax with blocks of (query rows, keys); without elements if None.
 
     block_bits (Hq, query tiles, words) int32: bit j of word w is the sequence's key block 32 w + j, set if it was kept.
@@ -29,7 +32,7 @@ def empty_skip(q: Tensor, k: Tensor, b_seq_len: Tensor, skip_blocks: Sequence[in
     num_seqs, rows, heads = b_seq_len.shape[0], q.shape[-3], q.shape[-2]
     tiles = (rows + block_q - 1) // block_q
     tiles = tiles + num_seqs if q.dim() == 3 else tiles * num_seqs
-    blocks = (k.shape[-3] + block_k - 1) // block_k
+    blocks = (key_extent(k, block_table) + block_k - 1) // block_k
     bits = q.new_empty((heads, tiles, -(-blocks // BITS_PER_WORD)), dtype=torch.int32)
     return bits, q.new_empty((2, num_seqs, heads), dtype=torch.int64)
 

@@ -1,7 +1,7 @@
 """DTensor rules of the ops: heads are sharded, or everything is replicated; tokens never are.
 
-DTensor redistributes what comes otherwise (sharded tokens, pending sums) to the cheaper of the two. Starts, lengths and
-key_mask are replicated. Importing this module imports DTensor.
+DTensor redistributes what comes otherwise (sharded tokens, pending sums) to the cheaper of the two. Starts, lengths,
+key_mask and block_table are replicated. Importing this module imports DTensor.
 """
 
 import functools
@@ -34,9 +34,10 @@ def _rules(names: list[str], outputs: tuple[str, ...], *arguments: Any) -> list[
     k = given["k"]
     rules = [_rule({}, outputs, given)]
     if _shards_evenly(k.shape[-2], k.mesh.shape):
-        heads, lse_heads = Shard(k.ndim - 2), Shard(k.ndim - 3)
-        sharded = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), heads)
-        sharded |= {"lse": lse_heads, "dlse": lse_heads}
+        rank_q = given["q"].ndim  # a paged cache may have one more
+        sharded = dict.fromkeys(("q", "out", "dout", "dq"), Shard(rank_q - 2))
+        sharded |= dict.fromkeys(("k", "v", "dk", "dv"), Shard(k.ndim - 2))
+        sharded |= dict.fromkeys(("lse", "dlse"), Shard(rank_q - 3))
         if given.get("sinks") is not None:
             sharded |= {"sinks": Shard(0), "dsinks": Shard(0)}
         threshold = given.get("skip_softmax_threshold")

@@ -43,9 +43,15 @@ TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_100": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
         "sm_120": (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
     },
+    ("decode", False): {  # rows are the query heads of a key head, whatever the table says
+        "sm_80": (Tile(16, 128, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        "sm_90": (Tile(16, 128, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        "sm_100": (Tile(16, 128, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        "sm_120": (Tile(16, 64, 4, 3), Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+    },
     **{
         (kernel, True): {arch: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)) for arch in ARCHITECTURES}
-        for kernel in ("forward", "dq", "dkv")
+        for kernel in ("forward", "decode", "dq", "dkv")
     },
 }
 
@@ -65,7 +71,7 @@ def block_dim(head_dim: int) -> int:
 def select_tile(
     kernel: str, arch: str, head_dim: int, head_dim_v: int, is_float32: bool, skip_blocks: tuple[int, int] | None = None
 ) -> Tile:
-    """The tile of `kernel` ("forward", "dq" or "dkv") on `arch` for these head dimensions.
+    """The tile of `kernel` ("forward", "decode", "dq" or "dkv") on `arch` for these head dimensions.
 
     With blocks of skip-softmax, (query rows, keys), the forward's tile is the block, on which it decides as a whole,
     and the backward's are not larger.
@@ -78,6 +84,9 @@ def select_tile(
     if skip_blocks is None:
         return tile
     block_q, block_k = skip_blocks
+    if kernel == "decode":
+        is_large = block_dim(widest) * block_k * (1 + is_float32) > 128 * 128
+        return Tile(tile.block_m, block_k, 8 if is_large else 4, 1)
     if kernel != "forward":
         return tile._replace(block_m=min(tile.block_m, block_q), block_n=min(tile.block_n, block_k))
     is_large = block_q * (block_dim(widest) + block_k) * (1 + is_float32) > 64 * 128

@@ -19,10 +19,11 @@ from fa_ops.kernels.primitives import (
     add_dot,
     clamp_range,
     dot_rows,
+    find_keys,
     is_visible,
     key_range,
+    load_keys,
     load_own_rows,
-    load_rows,
     padded_tile,
     scan_lengths,
     score_scales,
@@ -35,22 +36,23 @@ from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, v
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
-    window_left, window_right, stride_kt, stride_vt, stride_ms,
+    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
+    scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt, stride_ms,
+    page_size, num_pages, stride_pn,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys [n0, n0 + BLOCK_N)."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    key = start_k + n0
     is_key = n0 + offs_n < len_k
+    page, row = find_keys(block_table_ptr, start_k, n0, offs_n, is_key, page_size, num_pages, stride_pn, PAGING)
     if HAS_KEY_MASK:
-        is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
-    k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
+        is_key = tl.load(key_mask_ptr + (row + offs_n) * stride_ms, mask=is_key, other=0) != 0
+    k = load_keys(k_ptr, stride_kb, stride_kt, page, row, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED, PAGING)
+    v = load_keys(v_ptr, stride_vb, stride_vt, page, row, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED, PAGING)
     s = _scores(
         q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, MASKED,
@@ -100,10 +102,11 @@ def _sees_block(
 @triton.jit
 def _attend_sparsely(
     acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
-    bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms,
+    block_table_ptr, bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right,
+    stride_kb, stride_kt, stride_vb, stride_vt, stride_ms, page_size, num_pages, stride_pn,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, VISIT_ORDER: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, VISIT_ORDER: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
     if HAS_KEY_MASK:
@@ -129,13 +132,14 @@ def _attend_sparsely(
     count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
     for step in tl.range(0, count):
         n0 = begin + visit(step, count, VISIT_ORDER) * BLOCK_N
-        key = start_k + n0
         is_key = n0 + offs_n < len_k
+        page, row = find_keys(block_table_ptr, start_k, n0, offs_n, is_key, page_size, num_pages, stride_pn, PAGING)
         if HAS_KEY_MASK:
-            is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
-        k = load_rows(
-            k_ptr + key * stride_kt, stride_kt, offs_n, tl.arange(0, BLOCK_D), is_key, HEAD_DIM, BLOCK_D, True
-        )
+            is_key = tl.load(key_mask_ptr + (row + offs_n) * stride_ms, mask=is_key, other=0) != 0
+        k = load_keys(
+            k_ptr, stride_kb, stride_kt, page, row, offs_n, tl.arange(0, BLOCK_D), is_key, HEAD_DIM, BLOCK_D, True,
+            PAGING,
+        )  # fmt: skip
         s = _scores(
             q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
@@ -159,9 +163,10 @@ def _attend_sparsely(
         num_visited += is_visited.to(tl.int32)
         num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
         if is_kept:
-            v = load_rows(
-                v_ptr + key * stride_vt, stride_vt, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV, True
-            )
+            v = load_keys(
+                v_ptr, stride_vb, stride_vt, page, row, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV,
+                True, PAGING,
+            )  # fmt: skip
             acc, l_i, m_i = _accumulate(acc, l_i, m_i, s, s_max, v, scale, True)
             mark_kept(bits_row_ptr, n0 // BLOCK_N)
     return acc, l_i, m_i, num_visited, num_dropped
@@ -188,18 +193,20 @@ def _accumulate(acc, l_i, m_i, s, s_max, v, scale, MASKED: tl.constexpr):
 @triton.jit(do_not_specialize=COUNTS)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, sinks_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr, block_table_ptr, sinks_ptr,
     threshold_ptr, block_bits_ptr, counts_ptr,
-    softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k,
+    softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k, page_size, num_pages,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_mb, stride_ms,
-    stride_tb, stride_th, stride_bh, stride_bt,
+    stride_pb, stride_pn, stride_tb, stride_th, stride_bh, stride_bt,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SKIP_SOFTMAX: tl.constexpr, VISIT_ORDER: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, SKIP_SOFTMAX: tl.constexpr,
+    VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written."""
+    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written.
+    LEAVES_SINGLE_ROWS: so are sequences of one row, which the decode kernel computes."""
     tile = tl.program_id(0)
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
@@ -214,19 +221,30 @@ def attention_forward_kernel(
     if seq >= num_seqs:
         return
     start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
-    start_k, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
+    start_k = tl.cast(0, tl.int64)
+    if PAGING == 0:
+        start_k = tl.load(b_start_loc_k_ptr + seq)
+    start_k, len_k = clamp_range(start_k, tl.load(b_seq_len_k_ptr + seq), rows_k)
     # the tiles that see the most keys first
     m0 = (count - 1 - index) * BLOCK_M
     if IS_PACKED:
         if m0 >= len_q:
+            return
+    if LEAVES_SINGLE_ROWS:
+        if len_q == 1:
             return
 
     head = tl.program_id(1).to(tl.int64)
     batch = seq.to(tl.int64)
     head_kv = head // GROUP_SIZE
     q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head_kv * stride_kh
-    v_ptr += batch * stride_vb + head_kv * stride_vh
+    if PAGING:
+        k_ptr += head_kv * stride_kh
+        v_ptr += head_kv * stride_vh
+        block_table_ptr += batch * stride_pb
+    else:
+        k_ptr += batch * stride_kb + head_kv * stride_kh
+        v_ptr += batch * stride_vb + head_kv * stride_vh
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
 
@@ -259,9 +277,10 @@ def attention_forward_kernel(
         log_threshold = load_log_threshold(threshold_ptr + batch * stride_tb + head * stride_th)
         acc, l_i, m_i, num_visited, num_dropped = _attend_sparsely(
             acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
-            bits_row_ptr, log_threshold, positive_scale, cap_scale, window_left, window_right,
-            stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, VISIT_ORDER,
+            block_table_ptr, bits_row_ptr, log_threshold, positive_scale, cap_scale, window_left, window_right,
+            stride_kb, stride_kt, stride_vb, stride_vt, stride_ms, page_size, num_pages, stride_pn,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING,
+            VISIT_ORDER,
         )  # fmt: skip
         counts_ptr += batch * tl.num_programs(1) + head
         tl.atomic_add(counts_ptr, num_visited.to(tl.int64))
@@ -270,21 +289,24 @@ def attention_forward_kernel(
         if HAS_LEFT:
             for n0 in tl.range(begin, full, BLOCK_N):
                 acc, l_i, m_i = _attend(
-                    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
-                    cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
+                    positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
+                    stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, True,
                 )  # fmt: skip
         for n0 in tl.range(full, full_end, BLOCK_N):
             acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
+                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
+                positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
+                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, False,
             )  # fmt: skip
         for n0 in tl.range(full_end, end, BLOCK_N):
             acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, positive_scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
+                positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
+                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, True,
             )  # fmt: skip
 
     m_i = tl.where(m_i == float("-inf"), m_i, m_i * scale)

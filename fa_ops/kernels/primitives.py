@@ -10,7 +10,8 @@ functions into all their arguments. Where a load decides an address, it therefor
 a function called with the pointer, it would pass for a write to that tensor.
 
 One addressing rule serves both layouts: a row lies at `batch * stride_b + (start + m) * stride_t + head * stride_h`,
-where packed tensors have stride_b = 0.
+where packed tensors have stride_b = 0. In a paged cache (PAGING) stride_b is that of a page, and a table names the page
+of each `page_size` keys of a sequence.
 """
 
 import triton
@@ -25,7 +26,7 @@ PART = tl.constexpr(16)
 COUNTS = (
     "num_seqs", "rows_q", "rows_k", "window_left", "window_right",
     "stride_lb", "stride_lh", "stride_dlb", "stride_dlh", "stride_dlt", "stride_mb", "stride_ms",
-    "stride_tb", "stride_th", "stride_bh", "stride_bt",
+    "stride_tb", "stride_th", "stride_bh", "stride_bt", "num_pages", "num_splits", "stride_pb", "stride_pn",
 )  # fmt: skip
 
 
@@ -193,6 +194,42 @@ def load_rows(
             return tl.load(ptrs)
         else:
             return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def find_keys(
+    block_table_ptr, start_k, n0, offs_n, is_key, page_size, num_pages, stride_pn, PAGING: tl.constexpr
+):  # fmt: skip
+    """(page, row) of the keys [n0, n0 + BLOCK_N). PAGING 0: no pages, the first key's row. 1: one page holds them all,
+    and the first key's row in it. 2: the page and the row in it of each key, as columns. `block_table_ptr` is the
+    sequence's row of the table; no number in it leads outside of the cache, and none behind the last key is read."""
+    if PAGING == 0:
+        return 0, start_k + n0
+    elif PAGING == 1:
+        entry = n0 // page_size
+        page = tl.load(block_table_ptr + entry.to(tl.int64) * stride_pn).to(tl.int64)
+        return tl.minimum(tl.maximum(page, 0), num_pages - 1), n0 - entry * page_size
+    else:
+        entry = (n0 + offs_n) // page_size
+        page = tl.load(block_table_ptr + entry.to(tl.int64) * stride_pn, mask=is_key, other=0).to(tl.int64)
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+        return page[:, None], (n0 + offs_n - entry * page_size)[:, None]
+
+
+@triton.jit
+def load_keys(
+    base_ptr, stride_b, stride_t, page, row, offs_n, offs_d, is_key,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PAGING: tl.constexpr,
+):  # fmt: skip
+    """A (BLOCK_N, BLOCK_D) tile of the keys, or of their values, that `find_keys` found."""
+    if PAGING == 0:
+        return load_rows(base_ptr + row * stride_t, stride_t, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
+    elif PAGING == 1:
+        base_ptr += page * stride_b + row.to(tl.int64) * stride_t
+        return load_rows(base_ptr, stride_t, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
+    else:
+        base_ptr += page * stride_b + row.to(tl.int64) * stride_t
+        return load_rows(base_ptr, 0, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
 
 
 @triton.jit

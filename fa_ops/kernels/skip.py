@@ -41,10 +41,10 @@ def load_log_threshold(ptr):
 
 
 @triton.jit
-def mark_kept(row_ptr, block):
-    """Sets the block's bit in the block_bits of its query tile."""
+def mark_kept(row_ptr, block, mask=None):
+    """Sets the block's bit in the block_bits of its query tile; of those tiles, with a mask, where it is true."""
     word = block // BITS_PER_WORD
-    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD))
+    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD), mask=mask)
 
 
 @triton.jit

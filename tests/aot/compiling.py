@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
 from fa_ops.kernels.configs import Tile, block_dim
+from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
 from fa_ops.kernels.forward import attention_forward_kernel
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
@@ -19,13 +20,15 @@ if triton.knobs.runtime.interpret:
 
 KERNELS = {
     "forward": attention_forward_kernel,
+    "decode": attention_decode_kernel,
+    "combine": attention_combine_kernel,
     "dq": attention_backward_dq_kernel,
     "dkv": attention_backward_dkv_kernel,
 }
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
 INDEX_TENSORS = {"block_bits_ptr": "*i32", "counts_ptr": "*i64", "key_mask_ptr": "*i1"}
-FLOAT32_TENSORS = {"threshold_ptr", "lse_ptr", "dlse_ptr", "delta_ptr"}
+FLOAT32_TENSORS = {"threshold_ptr", "part_out_ptr", "part_lse_ptr", "lse_ptr", "dlse_ptr", "delta_ptr"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def _pointer_type(name: str, dtype: str) -> str:
         return "*fp32"
     if name in INDEX_TENSORS:
         return INDEX_TENSORS[name]
-    if name.startswith("b_"):
+    if name.startswith(("b_", "block_table")):
         return "*i32"
     return f"*{dtype}"
 
@@ -60,7 +63,8 @@ def compile_kernel(
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "HAS_LEFT": False, "HAS_RIGHT": True, "HAS_SOFTCAP": False, "HAS_SINKS": False,
         "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, "SKIP_SOFTMAX": False,
-        "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), **flags,
+        "PAGING": 0, "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
+        "LEAVES_SINGLE_ROWS": False, **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):

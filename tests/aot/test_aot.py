@@ -13,7 +13,7 @@ from fa_ops.kernels.configs import ARCHITECTURES, HEAD_DIM_ROWS, SHARED_MEMORY, 
 from fa_ops_meta.skip import BLOCK_SIZES
 from tests.aot.compiling import MATRIX_INSTRUCTION, Report, compile_kernel
 
-KERNELS = ("forward", "dq", "dkv")
+KERNELS = ("forward", "decode", "dq", "dkv")
 LEAST_SHARED_MEMORY = min(SHARED_MEMORY, key=SHARED_MEMORY.__getitem__)
 ALL_FEATURES = dict.fromkeys(("HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_SINKS", "HAS_KEY_MASK", "HAS_DLSE"), True)
 
@@ -32,11 +32,13 @@ def find_faults(kernel: str, arch: str, dtype: str, report: Report) -> list[str]
     faults = []
     if report.shared > SHARED_MEMORY[arch]:
         faults.append(f"more shared memory than {SHARED_MEMORY[arch]} bytes")
-    if kernel == "forward" and dtype != "fp32":
+    if kernel in ("forward", "decode", "combine") and dtype != "fp32":
         if report.spilled:
             faults.append("registers spilled")
-        if MATRIX_INSTRUCTION[arch] not in report.ptx:
-            faults.append(f"no {MATRIX_INSTRUCTION[arch]}")
+        # the tiles of decoding have 16 rows, fewer than those of later architectures' own instructions
+        instruction = {"forward": MATRIX_INSTRUCTION[arch], "decode": "mma.sync", "combine": ""}[kernel]
+        if instruction not in report.ptx:
+            faults.append(f"no {instruction}")
     return faults
 
 
@@ -81,6 +83,19 @@ def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
     report = compile_kernel(kernel, arch, tile, "bf16", 128, SKIP_SOFTMAX=True, **sizes)
     assert report.shared <= SHARED_MEMORY[arch]
     assert MATRIX_INSTRUCTION[arch] in report.ptx or arch in ("sm_90", "sm_100")  # theirs take 64 rows at the least
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_combine(arch: str):
+    check("combine", arch, Tile(1, 16, 4, 1), "bf16", 256, HAS_SINKS=True)
+
+
+@pytest.mark.parametrize("paging", [1, 2], ids=["whole_blocks", "single_keys"])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param(LEAST_SHARED_MEMORY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", ["forward", "decode"])
+def test_paged_caches(kernel: str, arch: str, paging: int):
+    flags = {"PAGING": paging, "LEAVES_SINGLE_ROWS": True}
+    check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, **flags)
 
 
 def test_table_has_no_other_rows():

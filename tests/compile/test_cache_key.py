@@ -37,7 +37,13 @@ def cached_source(fresh_compiler) -> str:
     [
         (
             "varlen_attention",
-            {"attention_forward_kernel", "attention_backward_dq_kernel", "attention_backward_dkv_kernel"},
+            {
+                "attention_forward_kernel",
+                "attention_decode_kernel",
+                "attention_combine_kernel",
+                "attention_backward_dq_kernel",
+                "attention_backward_dkv_kernel",
+            },
         ),
         ("varlen_attention_backward", {"attention_backward_dq_kernel", "attention_backward_dkv_kernel"}),
     ],

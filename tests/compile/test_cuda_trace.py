@@ -16,7 +16,8 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from fa_ops import ops
+from fa_ops import decoding, ops
+from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
 CASES = {
@@ -60,6 +61,59 @@ def launches(body, arguments: tuple) -> list[torch.fx.Node]:
 def test_forward_writes_its_outputs_only(case, an_imagined_gpu):
     (launch,) = launches(ops._varlen_attention, op_arguments(case.build()))
     assert launch.kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr"]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 64], ids=["pages_of_one_key", "single_keys", "whole_blocks"])
+@pytest.mark.parametrize("skip_share", [None, 0.5], ids=["dense", "skip_softmax"])
+def test_a_paged_cache_is_only_read(page_size, skip_share, an_imagined_gpu):
+    inputs = small_case(dtype=torch.bfloat16, lens_q=(20, 3), lens_k=(70, 9), skip_share=skip_share).build()
+    (launch,) = launches(ops._varlen_attention, paged_arguments(inputs, page_size))
+    written = ["out_ptr", "lse_ptr"] + ["block_bits_ptr", "counts_ptr"] * (skip_share is not None)
+    assert launch.kwargs["tensors_to_clone"] == written
+
+
+DECODE_CASES = {
+    "padded": (small_case(dtype=torch.bfloat16, is_padded=True, lens_q=(1, 1), lens_k=(70, 9), has_sinks=True), None),
+    "padded_skip_softmax_key_mask": (
+        small_case(
+            dtype=torch.bfloat16, is_padded=True, lens_q=(1, 1), lens_k=(70, 40), key_mask="random", skip_share=0.5,
+            skip_block=(16, 16), window_size=(60, -1),
+        ),
+        None,
+    ),
+    "packed_paged": (small_case(dtype=torch.bfloat16, lens_q=(1, 3), lens_k=(70, 9)), 4),
+    "packed_paged_skip_softmax": (
+        small_case(dtype=torch.bfloat16, lens_q=(1, 3), lens_k=(70, 9), skip_share=0.5, skip_block=(16, 16)), 64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "page_size"), DECODE_CASES.values(), ids=DECODE_CASES.keys())
+def test_decode_kernels_write_their_outputs_only(case, page_size, an_imagined_gpu, monkeypatch):
+    monkeypatch.setattr(decoding, "select_splits", lambda *args: 2)
+    inputs = case.build()
+    arguments = op_arguments(inputs) if page_size is None else paged_arguments(inputs, page_size)
+    decode, combine, *forward = launches(ops._varlen_attention, arguments)
+    skipped = ["block_bits_ptr", "counts_ptr"] * (case.skip_share is not None)
+    assert decode.kwargs["tensors_to_clone"] == ["part_out_ptr", "part_lse_ptr", *skipped]
+    assert combine.kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr"]
+    assert [launch.kwargs["tensors_to_clone"] for launch in forward] == [["out_ptr", "lse_ptr", *skipped]] * (
+        page_size is not None
+    )
+
+
+SKIP_CASES = {
+    "packed": small_case(dtype=torch.bfloat16, lens_q=(70, 9), skip_share=0.5, skip_block=(16, 16)),
+    "padded": small_case(
+        dtype=torch.bfloat16, is_padded=True, lens_q=(70, 9), key_mask="random", skip_share=0.5, skip_block=(16, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SKIP_CASES.values(), ids=SKIP_CASES.keys())
+def test_skip_softmax_writes_its_outputs_only(case, an_imagined_gpu):
+    (launch,) = launches(ops._varlen_attention, op_arguments(case.build()))
+    assert launch.kwargs["tensors_to_clone"] == ["out_ptr", "lse_ptr", "block_bits_ptr", "counts_ptr"]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

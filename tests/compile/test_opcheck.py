@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.cases import Case, Inputs
+from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
 FORWARD = torch.ops.modelopt.varlen_attention.default
@@ -95,6 +96,20 @@ def test_forward(case):
 def test_forward_without_gradients(is_padded):
     inputs = small_case(is_padded=is_padded).build()
     torch.library.opcheck(FORWARD, op_arguments(inputs), test_utils=UTILITIES)
+
+
+PAGED_VARIANTS = {
+    "packed": small_case(lens_k=(9, 8)),
+    "packed_no_sequences": small_case(lens_q=(), lens_k=()),
+    "padded": small_case(is_padded=True, lens_k=(9, 8), index_dtype=torch.int64),
+    "padded_one_row": small_case(is_padded=True, lens_q=(1, 0), lens_k=(9, 8), value_dim=24, has_sinks=True),
+    "skip_softmax": small_case(lens_q=(40, 9), lens_k=(60, 40), skip_share=0.5, skip_block=(16, 16)),
+}
+
+
+@variants(PAGED_VARIANTS)
+def test_paged(case):
+    torch.library.opcheck(FORWARD, paged_arguments(case.build(), 4), test_utils=UTILITIES)
 
 
 @variants(BACKWARD_VARIANTS)

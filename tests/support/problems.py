@@ -1,6 +1,8 @@
 """One small valid problem, which tests change in the one thing that they are about."""
 
 import dataclasses
+import itertools
+import random
 
 import torch
 
@@ -33,6 +35,12 @@ def small_case(**changes) -> Case:
     if changes.get("is_padded"):
         changes = {"placement": "right"} | changes
     return dataclasses.replace(_SMALL, **changes)
+
+
+def decoding_case(lens_k: tuple[int, ...], lens_q: tuple[int, ...] | None = None, **changes) -> Case:
+    """Padded queries of one row, or of none, and not a row more: the seed decides about room behind them."""
+    seed = next(n for n in itertools.count(changes.pop("seed", 0)) if random.Random(n).choice((0, 1, 5)) == 0)
+    return small_case(is_padded=True, lens_q=lens_q or (1,) * len(lens_k), lens_k=lens_k, seed=seed, **changes)
 
 
 def op_arguments(inputs: Inputs) -> tuple:

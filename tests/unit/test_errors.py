@@ -367,10 +367,6 @@ def small_op_arguments() -> dict[str, Any]:
     ("error", "message", "changes"),
     [
         (
-            NotImplementedError, "block_table: a Tensor given; paged caches are not implemented yet, pass None",
-            {"block_table": INDEX},
-        ),
-        (
             ValueError,
             "window_right (window_size[1]): -3 given; accepted are -1 (unlimited) and sizes of 0 or more",
             {"window_right": -3},
@@ -386,7 +382,7 @@ def small_op_arguments() -> dict[str, Any]:
             {"k": torch.zeros(5, 2, 16), "v": torch.zeros(5, 2, 16)},
         ),
     ],
-    ids=["block_table", "window_right", "skip_softmax_block_k", "k_dtype", "k_rows"],
+    ids=["window_right", "skip_softmax_block_k", "k_dtype", "k_rows"],
 )  # fmt: skip
 def test_the_op_itself_refuses(error, message, changes, nothing_runs):
     with pytest.raises(error, match=exactly(message)):

@@ -130,3 +130,14 @@ def test_without_values_the_count_is_an_upper_bound():
         for (a, b), (c, d) in itertools.product(of_q, of_k):
             exact = count_pairs(a, c, *window) + count_pairs(b, d, *window)
             assert exact <= count_pairs(total_q, total_k, *window), (a, b, c, d, window)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_paged_cache_counts_its_lengths(is_causal):
+    q, cache, table = torch.randn(5, 2, 16), torch.randn(9, 4, 2, 16), torch.zeros(2, 3, dtype=torch.int32)
+    arguments = (q, cache, cache, index(0, 2), index(2, 3), None, is_causal)
+    pairs = 2 * sum(count_pairs(n, m, is_causal) for n, m in ((2, 7), (3, 12)))
+    assert count_on_shapes(*arguments, b_seq_len_k=index(7, 99), block_table=table) == 2 * 32 * pairs
+    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
+    bound = count_on_shapes(*meta, b_seq_len_k=index(7, 99).to("meta"), block_table=table.to("meta"))
+    assert bound == 2 * 32 * 2 * 5 * 12

@@ -28,6 +28,30 @@ def padded(heads_kv: int) -> tuple[list[torch.Tensor], dict]:
     }  # fmt: skip
 
 
+def paged_cache() -> tuple[list[torch.Tensor], dict]:
+    qkv = [torch.randn(5, HEADS, 16), torch.randn(4, 3, 2, 16), torch.randn(4, 3, 2, 16)]
+    return qkv, {
+        "b_start_loc": torch.tensor([0, 2]), "b_seq_len": torch.tensor([2, 3]), "b_seq_len_k": torch.tensor([7, 4]),
+        "block_table": torch.tensor([[3, 0, 1], [2, 3, 0]]),
+    }  # fmt: skip
+
+
+def check_paged_cache_sharded() -> None:
+    """Runs in each process: heads of q are dimension 1, those of the cache dimension 2."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    qkv, others = paged_cache()
+    expected = torch.ops.modelopt.varlen_attention(*qkv, **others)
+    found = torch.ops.modelopt.varlen_attention(
+        *(distribute_tensor(t, mesh, [Shard(t.dim() - 2)]) for t in qkv),
+        **{name: distribute_tensor(t, mesh, [Replicate()]) for name, t in others.items()},
+    )
+    assert [t.placements for t in found[:2]] == [(Shard(1),), (Shard(0),)]
+    for one, want in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one.full_tensor(), want)
+
+
 def attend(qkv: list[torch.Tensor], sinks: torch.Tensor | None, others: dict, losses: str) -> dict[str, torch.Tensor]:
     """Outputs and gradients; `losses` names the outputs that have one."""
     floats = [*qkv] if sinks is None else [*qkv, sinks]
@@ -91,6 +115,7 @@ def run_process(process: int, store: str) -> None:
             check_sharded(*case)
         except Exception as error:
             raise AssertionError(f"case {case}") from error
+    check_paged_cache_sharded()
     torch.distributed.destroy_process_group()
 
 

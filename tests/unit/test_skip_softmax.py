@@ -47,7 +47,7 @@ def cpu_forward(inputs: Inputs, threshold: Tensor, order: str) -> tuple[Tensor, 
         *outputs.empty_forward(inputs.q, inputs.v), *outputs.empty_skip(inputs.q, inputs.k, length, case.skip_block)
     )  # fmt: skip
     varlen_attention_skip_cpu(
-        inputs.q, inputs.k, inputs.v, start, length, start_k, length_k, inputs.key_mask, inputs.sinks, threshold,
+        inputs.q, inputs.k, inputs.v, start, length, start_k, length_k, inputs.key_mask, inputs.sinks, None, threshold,
         case.softmax_scale or case.head_dim**-0.5, case.softcap, case.window_size[0],
         0 if case.is_causal else case.window_size[1], *case.skip_block, *results, order,
     )  # fmt: skip

@@ -72,14 +72,6 @@ def test_without_aux():
     assert isinstance(call(*inputs(), return_aux=AuxRequest()), torch.Tensor)
 
 
-def test_paging_raises():
-    tensors = inputs()
-    with pytest.raises(NotImplementedError, match="block_table: a tensor given; a paged cache is not implemented"):
-        call(*tensors, block_table=torch.zeros(3, 1, dtype=torch.int32))
-    with pytest.raises(NotImplementedError, match="cu_seq_k: None given; a paged cache is not implemented"):
-        fa_ops.varlen_attn(*tensors, cumulative(LENGTHS_Q), None, 5, 6)
-
-
 def test_every_argument_of_torch_is_accepted():
     ours, theirs = (inspect.signature(f).parameters for f in (fa_ops.varlen_attn, varlen_attn_of_torch))
     for name, parameter in theirs.items():
