@@ -5,6 +5,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops
+from fa_ops import cpu_ops, hopper
+from fa_ops.kernels import tier
 from fa_ops_meta import checks, flops, outputs
 from fa_ops_meta.schema import bind
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
@@ -26,6 +28,7 @@ else:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
     from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
     from fa_ops.kernels.forward import attention_forward_kernel
+    from fa_ops.kernels.tiles import tile_list_kernel
 
     HAS_TRITON = True
     IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -37,6 +40,8 @@ if IS_INTERPRETED:
         return kernel
 else:
     from torch.library import wrap_triton
+
+logger = logging.getLogger(__name__)
 
 
 def _varlen_attention(
@@ -82,6 +87,11 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     _require_triton(q)
+    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, threshold)
+    logger.debug("varlen_attention: %s", "sm_90 kernel" if reason is None else f"portable kernel, since {reason}")
+    if reason is None:
+        results = hopper.forward(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
+        return *results, *outputs.empty_skip(q, k, b_seq_len, None)
     out, lse = outputs.empty_forward(q, v)
     block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks)
     if skip_blocks is not None:
@@ -381,8 +391,10 @@ if HAS_TRITON and not IS_INTERPRETED:
     # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
+    # Which opaque op the forward's body calls is in no kernel's source: one of the preview's stands for it.
+    _preview_kernels = [tile_list_kernel] if tier.IS_PREVIEW else []
     torch._library.triton.triton_ops_to_kernels.update({
-        "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels],
+        "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels, *_preview_kernels],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip
 
