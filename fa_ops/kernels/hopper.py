@@ -25,8 +25,8 @@ It cannot deadlock: the producer asks for V of block i when consumers have only 
 whose K and V, and the K behind it, were all asked for earlier (the product of a tile's last block waits for no K).
 
 Nothing outside a sequence is read. A copy of a block that crosses its sequence's end would bring the next one's rows,
-and 0 times their NaN would spoil the product with V; see `fa_ops.hopper.ragged_descriptor`, which makes the copy
-engine fill them with zeros; `_copy` has its coordinates. What a sequence's last tile has beyond its rows is computed, and not stored.
+and 0 times their NaN would spoil the product with V; `fa_ops.hopper.ragged_descriptor` makes the copy engine fill them
+with zeros. What a sequence's last tile has beyond its rows is computed, and not stored.
 """
 
 from triton.experimental import gluon

@@ -12,7 +12,7 @@ from fa_ops.kernels.primitives import COUNTS, SCAN_BLOCK, clamp_range, key_range
 RECORD = tl.constexpr(16)  # int32 from one record to the next, of which FIELDS are in use
 FIELDS = (
     "m0", "len_q", "len_k",  # the tile's first row in its sequence; lengths
-    "begin", "num_left", "num_full", "num_right",  # the first key it sees a block of; blocks masked left, not, and right
+    "begin", "num_left", "num_full", "num_right",  # where its blocks begin; how many are masked left, not, right
     "batch_row", "row",  # of the padded batch and of m0, among all rows of a contiguous tensor
     "end_q", "end_k", "end_v",  # the rows behind the sequence, a batch stride being worth as many rows as fit into it
 )  # fmt: skip

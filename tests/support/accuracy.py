@@ -24,21 +24,26 @@ class AccuracyError(AssertionError):
     """A result is further from the oracle than the rule allows."""
 
 
-def check_case(attention: Callable, case: Case, device: str = "cpu", is_lse_float32: bool = True) -> dict[str, Tensor]:
+def check_case(
+    attention: Callable, case: Case, device: str = "cpu", is_lse_float32: bool = True, has_gradients: bool = True
+) -> dict[str, Tensor]:
     """Runs a case forward and backward amid poison, applies every rule, and returns the results by name.
 
     is_lse_float32: lse is held to what plain torch reaches in float32, whatever the dtype of the inputs; for sums that
         are rounded to nearest, as tensor cores do not.
+    has_gradients: forward alone if False.
     """
     pools: dict[str, ErrorPool] = {}
     for draw in range(DRAWS):
         inputs = case.build(device, draw)
         with poisoned_allocations(inputs.canaries):
-            results = evaluate(attention, inputs)
+            results = evaluate(attention, inputs, has_gradients=has_gradients)
         inputs.canaries.check()
         check_structure(inputs, results)
-        exact = evaluate(attention_reference, inputs, torch.float64)
-        references = [_evaluate_in_same_dtype(inputs, reorder_ops, is_lse_float32) for reorder_ops in (False, True)]
+        exact = evaluate(attention_reference, inputs, torch.float64, has_gradients)
+        references = [
+            _evaluate_in_same_dtype(inputs, reorder_ops, is_lse_float32, has_gradients) for reorder_ops in (False, True)
+        ]
         for name, result in results.items():
             pool = pools.setdefault(name, ErrorPool(name))
             pool.add(result, exact[name], [reference[name] for reference in references])
@@ -47,16 +52,20 @@ def check_case(attention: Callable, case: Case, device: str = "cpu", is_lse_floa
     raise AccuracyError("; ".join(filter(None, (pool.excess() for pool in pools.values()))))
 
 
-def evaluate(attention: Callable, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv and, where there are sinks, dsinks of a call.
+def evaluate(
+    attention: Callable, inputs: Inputs, dtype: torch.dtype | None = None, has_gradients: bool = True, **options
+) -> dict[str, Tensor]:
+    """out, lse and, unless there are to be no gradients, dq, dk, dv and, where there are sinks, dsinks of a call.
 
     `dtype` converts the inputs first; None leaves them where they lie in memory.
     """
     tensors = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
     if inputs.sinks is not None:
         tensors["sinks"] = inputs.sinks
-    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
+    leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_(has_gradients) for name, t in tensors.items()}
     out, lse = inputs.call(attention, **leaves, **options)
+    if not has_gradients:
+        return {"out": out, "lse": lse}
     outputs, grads = [out], [inputs.dout.to(out.dtype)]
     if inputs.dlse is not None:
         outputs.append(lse)
@@ -69,25 +78,28 @@ def check_structure(inputs: Inputs, results: dict[str, Tensor]) -> None:
     """What the contract says of dtypes, shapes, and of queries and keys that take no part."""
     q, k, v = inputs.q, inputs.k, inputs.v
     *rows, heads, _ = q.shape
+    has_gradients = results.keys() != {"out", "lse"}
     for name, shape, dtype in (
         ("out", (*rows, heads, v.shape[-1]), q.dtype),
         ("lse", (*rows[:-1], heads, rows[-1]), torch.float32),
-        ("dq", q.shape, q.dtype),
-        ("dk", k.shape, q.dtype),
-        ("dv", v.shape, q.dtype),
-        *([] if inputs.sinks is None else [("dsinks", (heads,), inputs.sinks.dtype)]),
+        *([("dq", q.shape, q.dtype), ("dk", k.shape, q.dtype), ("dv", v.shape, q.dtype)] if has_gradients else []),
+        *([("dsinks", (heads,), inputs.sinks.dtype)] if has_gradients and inputs.sinks is not None else []),
     ):
         found = results[name]
         if found.shape != shape or found.dtype != dtype:
             raise AccuracyError(f"{name}: {found.dtype} {tuple(found.shape)} came, expected {dtype} {tuple(shape)}")
     sees_anything = inputs.sees if inputs.sinks is None else inputs.is_query
-    for name, part, value, what in (
+    unseen = [
         ("out", results["out"][~inputs.sees], 0.0, "queries that see no key"),
         ("lse", results["lse"].transpose(-1, -2)[~sees_anything], -torch.inf, "queries that see no key"),
-        ("dq", results["dq"][~inputs.sees], 0.0, "queries that see no key"),
-        ("dk", results["dk"][~inputs.is_seen], 0.0, "keys that no query sees"),
-        ("dv", results["dv"][~inputs.is_seen], 0.0, "keys that no query sees"),
-    ):
+    ]
+    if has_gradients:
+        unseen += [
+            ("dq", results["dq"][~inputs.sees], 0.0, "queries that see no key"),
+            ("dk", results["dk"][~inputs.is_seen], 0.0, "keys that no query sees"),
+            ("dv", results["dv"][~inputs.is_seen], 0.0, "keys that no query sees"),
+        ]
+    for name, part, value, what in unseen:
         wrong = part[part != value]
         if len(wrong):
             raise AccuracyError(f"{name}: {wrong[0].item()} came for {what}, {len(wrong)} times; expected {value}")
@@ -150,9 +162,11 @@ def _rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return exact.abs().clamp_min(info.tiny) * (info.eps / 2)
 
 
-def _evaluate_in_same_dtype(inputs: Inputs, reorder_ops: bool, is_lse_float32: bool) -> dict[str, Tensor]:
+def _evaluate_in_same_dtype(
+    inputs: Inputs, reorder_ops: bool, is_lse_float32: bool, has_gradients: bool
+) -> dict[str, Tensor]:
     options = {"upcast": False, "reorder_ops": reorder_ops}
-    results = evaluate(attention_reference, inputs, **options)
+    results = evaluate(attention_reference, inputs, has_gradients=has_gradients, **options)
     if is_lse_float32 and inputs.q.dtype != torch.float32:
         q, k, v = (t.float() for t in (inputs.q, inputs.k, inputs.v))
         sinks = None if inputs.sinks is None else inputs.sinks.float()

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 HANG_SECONDS = 20.0
-COPY_SECONDS = 1e-3  # at most
+COPY_SECONDS = PRODUCT_SECONDS = 1e-3  # at most
 PAUSE_SECONDS = 1e-4  # before a wait, at most
 
 
@@ -306,6 +306,8 @@ class _Program:
 
     def _wait_for_products(self, num_outstanding: int, deps: list):
         products = self._products()
+        if len(products) > num_outstanding:
+            time.sleep(self.rng.random() * PRODUCT_SECONDS)
         while len(products) > num_outstanding:
             products.pop(0).finish()
         values = tuple(dep.value for dep in deps)
