@@ -15,7 +15,6 @@ import fa_ops.kernels
 from fa_ops.kernels import primitives
 from tests.support.problems import small_case
 
-
 OPAQUE = ("hopper", "tiles")  # modules of kernels behind opaque ops, which compiled programs call and do not hold
 
 
