@@ -130,14 +130,15 @@ def _attend(
     product = warpgroup_mma(p, _rows(v_smem.index(slot_v)), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot_k))
-    p, l_i, m_i, alpha = _softmax(
+    p_new, l_i, m_i, alpha = _softmax(
         s, l_i, m_i, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout,
         BLOCK_N, HAS_LEFT, HAS_RIGHT, MASKED,
     )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=[product])
+    # until here the product reads P's registers
+    acc, p = warpgroup_mma_wait(0, deps=[product, p])
     mbarrier.arrive(v_empty.index(slot_v))
     acc = acc * _column(alpha, out_layout)
-    return acc, l_i, m_i, _operand(p, out_layout, v_smem.dtype)
+    return acc, l_i, m_i, _operand(p_new, out_layout, v_smem.dtype)
 
 
 @gluon.jit

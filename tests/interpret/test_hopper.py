@@ -153,14 +153,14 @@ def test_other_tiles(tile: HopperTile, monkeypatch, launches):
 # Changes to the kernel's source, each of which must be found.
 FAULTS = {
     "v_is_released_before_its_use": (
-        "    acc = warpgroup_mma_wait(0, deps=[product])\n    mbarrier.arrive(v_empty.index(slot_v))\n",
-        "    mbarrier.arrive(v_empty.index(slot_v))\n    acc = warpgroup_mma_wait(0, deps=[product])\n",
+        "    acc, p = warpgroup_mma_wait(0, deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n",
+        "    mbarrier.arrive(v_empty.index(slot_v))\n    acc, p = warpgroup_mma_wait(0, deps=[product, p])\n",
     ),
     "v_is_never_released": (
-        "(0, deps=[product])\n    mbarrier.arrive(v_empty.index(slot_v))\n", "(0, deps=[product])\n"
+        "deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n", "deps=[product, p])\n"
     ),
     "v_is_released_twice": (
-        "(0, deps=[product])\n", "(0, deps=[product])\n    mbarrier.arrive(v_empty.index(slot_v))\n"
+        "deps=[product, p])\n", "deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n"
     ),
     "a_wrong_phase": (
         "wait(v_full.index(slot_v), (blocks // STAGES) & 1)", "wait(v_full.index(slot_v), ((blocks // STAGES) & 1) ^ 1)"

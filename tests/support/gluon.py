@@ -310,7 +310,7 @@ class _Program:
             time.sleep(self.rng.random() * PRODUCT_SECONDS)
         while len(products) > num_outstanding:
             products.pop(0).finish()
-        values = tuple(dep.value for dep in deps)
+        values = tuple(dep.value if isinstance(dep, _Product) else dep for dep in deps)
         if any(value is None for value in values):
             raise EmulationError("a product of matrices is used before it has been waited for")
         return values[0] if len(values) == 1 else values
