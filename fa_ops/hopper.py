@@ -70,7 +70,9 @@ def unsupported(
         reason = _unsupported_layout(t)
         if reason is not None:
             return f"{name}: {reason}"
-    if (q.shape[-3] // 64 + b_seq_len.shape[0]) * q.shape[-2] * (q.shape[0] if q.dim() == 4 else 1) >= 2**31:
+    rows, num_seqs = q.shape[-3], b_seq_len.shape[0]
+    tiles = rows // 64 + num_seqs if q.dim() == 3 else (rows // 64 + 1) * num_seqs
+    if tiles * max(q.shape[-2], 16) >= 2**31:  # 32-bit indices of a tile and head, and into the list of tiles
         return "number of tiles"
     return None
 

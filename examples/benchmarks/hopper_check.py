@@ -1,6 +1,6 @@
 """The first thing to run when the sm_90 forward kernel meets a GPU: results from the smallest case up, then speed.
 
-    python examples/benchmarks/hopper_check.py [--head-dims 64 128 256] [--no-timing] [--tiles 128,128,2,2,240,24 ...]
+    python examples/benchmarks/hopper_check.py [--head-dims 64 128 256] [--no-timing] [--tiles 128,2,3,160,32 ...]
 
 Each stage says what it is before it starts and how it went after it; one that takes longer than --limit seconds is a
 hang, and ends the process with a traceback. Errors are against float64, beside those of the portable kernel; a stage

@@ -1,16 +1,19 @@
 """The forward kernel for sm_90, compiled in every configuration that is shipped: it spills nothing, ptxas warns of
 nothing, it fits into shared memory, and copies and matrix products are the asynchronous ones."""
 
+import itertools
 import re
 
 import pytest
 import torch
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
 from fa_ops import hopper
 from fa_ops.kernels.configs import HOPPER_TILES, SHARED_MEMORY, HopperTile
 from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
+from fa_ops.kernels.tiles import tile_list_kernel
 from tests.aot.compiling import Report, compile_source
 
 REGISTER_FILE = 65_536  # 32-bit registers
@@ -50,8 +53,17 @@ def find_faults(report: Report) -> list[str]:
         faults.append("registers spilled")
     if report.warnings:
         faults.append("warnings")
+    if not arrivals_follow_barriers(report.ptx):
+        faults.append("an arrival without a barrier before it")
     faults += [f"no {name}" for name in ("wgmma.mma_async", "cp.async.bulk.tensor.5d") if name not in report.ptx]
     return faults
+
+
+def arrivals_follow_barriers(ptx: str) -> bool:
+    """One thread arrives for its warp group, which must have come that far: another of its warps may still be reading
+    what the arrival gives away."""
+    steps = re.findall(r"bar\.sync|wgmma\.\w+|mbarrier\.try_wait|mbarrier\.arrive(?!\.expect_tx)", ptx)
+    return all(before == "bar.sync" for before, step in itertools.pairwise(steps) if step == "mbarrier.arrive")
 
 
 def check(*configuration, **flags) -> None:
@@ -66,6 +78,18 @@ def check(*configuration, **flags) -> None:
 @pytest.mark.parametrize("head_dim", HOPPER_TILES)
 def test_causal(head_dim: int):
     check(head_dim)
+
+
+@pytest.mark.parametrize("index_dtype", ["i32", "i64"])
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "padded"])
+def test_tile_list(is_packed: bool, index_dtype: str):
+    constants = {"BLOCK_M": 128, "BLOCK_N": 128, "HAS_LEFT": True, "HAS_RIGHT": True, "IS_PACKED": is_packed}
+    signature = {
+        name: "constexpr" if name in constants else f"*{index_dtype}" if name.startswith("b_") else "i32"
+        for name in tile_list_kernel.arg_names
+    } | {"tiles_ptr": "*i32"}
+    report = compile_source(ASTSource(tile_list_kernel, signature, constants), "sm_90", num_warps=1)
+    assert report.spilled == 0
 
 
 @pytest.mark.slow
@@ -107,6 +131,7 @@ def test_a_faulty_report_is_faulted():
     clean = Report(1000, 168, 0, (), "wgmma.mma_async cp.async.bulk.tensor.5d")
     assert find_faults(clean) == []
     faulty = Report(300_000, 168, 8, ("C7515",), "wgmma.mma_async")
+    assert not arrivals_follow_barriers("bar.sync 0, 128; wgmma.wait_group.sync.aligned 0; mbarrier.arrive.shared::cta")
     assert find_faults(faulty) == [
         "more shared memory than 232448 bytes", "registers spilled", "warnings", "no cp.async.bulk.tensor.5d",
     ]  # fmt: skip

@@ -120,6 +120,13 @@ def test_layouts(shape: tuple, strides: tuple, offset: int, reason: str | None):
     assert found == (None if reason is None else f"q: {reason}")
 
 
+def test_number_of_tiles():
+    q = strided((2**30, 1, 64), (64, 64, 1))
+    for num_seqs, reason in ((2**26, None), (2**27, "number of tiles")):
+        length = torch.empty(num_seqs, dtype=torch.int32, device="meta")
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None) == reason
+
+
 def test_device_and_version(monkeypatch):
     q = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
