@@ -29,8 +29,8 @@ _library.define(
 
 def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
-    if not tier.IS_PREVIEW:
-        return f"FA_OPS_KERNEL is {tier.KERNEL_CHOICE!r}"
+    if tier.TIER != "preview":
+        return f"FA_OPS_KERNEL is {tier.TIER!r}"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"{q.device} is not of sm_90"
     if _triton_version() not in TRITON_VERSIONS:
@@ -48,6 +48,7 @@ def unsupported(
     softcap: float,
     sinks: Tensor | None,
     key_mask: Tensor | None,
+    block_table: Tensor | None,
     threshold: Tensor | None,
 ) -> str | None:
     """What of a call the kernel does not know, whatever the device; None if nothing. Lengths have no say, since a
@@ -62,7 +63,9 @@ def unsupported(
         ("softcap", softcap > 0),
         ("sinks", sinks is not None),
         ("key_mask", key_mask is not None),
+        ("block_table", block_table is not None),
         ("skip_softmax_threshold", threshold is not None),
+        ("padded queries of one row", q.dim() == 4 and q.shape[1] == 1),  # 63 of 64 rows would be waste
     ):
         if is_used:
             return name

@@ -87,7 +87,7 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     _require_triton(q)
-    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, threshold)
+    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, threshold)
     logger.debug("varlen_attention: %s", "sm_90 kernel" if reason is None else f"portable kernel, since {reason}")
     if reason is None:
         results = hopper.forward(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
@@ -392,7 +392,7 @@ if HAS_TRITON and not IS_INTERPRETED:
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     # Which opaque op the forward's body calls is in no kernel's source: one of the preview's stands for it.
-    _preview_kernels = [tile_list_kernel] if tier.IS_PREVIEW else []
+    _preview_kernels = [tile_list_kernel] if tier.TIER == "preview" else []
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [attention_forward_kernel, *_backward_kernels, *_preview_kernels],
         "modelopt::varlen_attention_backward": _backward_kernels,

@@ -48,7 +48,7 @@ ROUNDS = 20
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lens_q: Tensor, lens_k: Tensor, is_preview: bool, **options) -> Tensor:
-    tier.IS_PREVIEW = is_preview
+    tier.TIER = "preview" if is_preview else "portable"
     starts_q, starts_k = lens_q.cumsum(0) - lens_q, lens_k.cumsum(0) - lens_k
     return fa_ops.attention(
         q, k, v, starts_q, lens_q, b_start_loc_k=starts_k, b_seq_len_k=lens_k, max_input_len_k=0, **options

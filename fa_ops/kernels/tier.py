@@ -1,14 +1,22 @@
-"""The environment variable FA_OPS_KERNEL, which says how far kernels must have been proven to run; read here, once.
+"""Which kernels may run on a GPU: FA_OPS_KERNEL, read once, when fa_ops is imported.
 
-"portable", the default: those that have been run on a GPU. "preview": also those that compile, and have not.
+"portable", the default: those that have been run on one. "preview": also those that only compile for one so far.
 """
 
 import os
+from collections.abc import Mapping
 
-KERNEL_CHOICES = ("portable", "preview")
+VARIABLE = "FA_OPS_KERNEL"
+TIERS = ("portable", "preview")
 
-KERNEL_CHOICE = os.environ.get("FA_OPS_KERNEL", "portable")
-if KERNEL_CHOICE not in KERNEL_CHOICES:
-    raise ValueError(f"FA_OPS_KERNEL: {KERNEL_CHOICE!r} given, expected one of {', '.join(map(repr, KERNEL_CHOICES))}")
 
-IS_PREVIEW = KERNEL_CHOICE == "preview"
+def read_tier(environment: Mapping[str, str]) -> str:
+    tier = environment.get(VARIABLE, "portable")
+    if tier not in TIERS:
+        raise ValueError(
+            f"{VARIABLE}: {tier!r} given in the environment; accepted are {' and '.join(map(repr, TIERS))}"
+        )
+    return tier
+
+
+TIER = read_tier(os.environ)

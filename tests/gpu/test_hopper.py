@@ -27,7 +27,7 @@ from tests.support.properties import assert_same_bits
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(180, method="thread"),
-    pytest.mark.skipif(not tier.IS_PREVIEW, reason="FA_OPS_KERNEL is not 'preview'"),
+    pytest.mark.skipif(tier.TIER != "preview", reason="FA_OPS_KERNEL is not 'preview'"),
     pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for sm_90"),
 ]
 
@@ -166,6 +166,6 @@ def test_the_portable_kernel_is_another(monkeypatch):
     """Else all of the above would compare it with itself: two orders of summing do not agree in every bit."""
     inputs = case_of((2000,), 128, heads_kv=4).build("cuda")
     found = evaluate(fa_ops.attention, inputs, has_gradients=False)
-    monkeypatch.setattr(tier, "IS_PREVIEW", False)
+    monkeypatch.setattr(tier, "TIER", "portable")
     other = evaluate(fa_ops.attention, inputs, has_gradients=False)
     assert not torch.equal(found["out"], other["out"])

@@ -22,7 +22,7 @@ def refusal_of(case=SUPPORTED, **other) -> str | None:
     inputs = case.build()
     call = {
         "softmax_scale": case.softmax_scale or 0.1, "window_left": -1, "softcap": 0.0, "sinks": None, "key_mask": None,
-        "threshold": None,
+        "block_table": None, "threshold": None,
     } | other  # fmt: skip
     return hopper.unsupported(inputs.q, inputs.k, inputs.v, inputs.b_seq_len, *call.values())
 
@@ -33,22 +33,22 @@ def run_with(choice: str, code: str) -> subprocess.CompletedProcess:
 
 
 def test_what_has_not_run_on_a_gpu_is_off():
-    code = "from fa_ops.kernels import tier; print(tier.KERNEL_CHOICE)"
+    code = "from fa_ops.kernels import tier; print(tier.TIER)"
     env = {name: value for name, value in os.environ.items() if name != "FA_OPS_KERNEL"}
     run = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "portable", run.stderr
 
 
-@pytest.mark.parametrize("choice", tier.KERNEL_CHOICES)
+@pytest.mark.parametrize("choice", tier.TIERS)
 def test_choices(choice: str):
-    run = run_with(choice, "from fa_ops.kernels import tier; print(tier.IS_PREVIEW)")
-    assert run.stdout.strip() == str(choice == "preview"), run.stderr
+    run = run_with(choice, "from fa_ops.kernels import tier; print(tier.TIER)")
+    assert run.stdout.strip() == choice, run.stderr
 
 
 def test_another_choice_is_refused_by_name():
     run = run_with("fastest", "import fa_ops")
     assert run.returncode != 0
-    assert "FA_OPS_KERNEL: 'fastest' given, expected one of 'portable', 'preview'" in run.stderr
+    assert "FA_OPS_KERNEL: 'fastest' given in the environment; accepted are 'portable' and 'preview'" in run.stderr
 
 
 def test_the_choice_is_in_the_cache_key():
@@ -58,7 +58,7 @@ import fa_ops
 from torch._library.triton import get_triton_kernels_for_op
 print(*[kernel.__name__ for kernel in get_triton_kernels_for_op("modelopt::varlen_attention")])
 """
-    kernels = {choice: run_with(choice, code).stdout for choice in tier.KERNEL_CHOICES}
+    kernels = {choice: run_with(choice, code).stdout for choice in tier.TIERS}
     assert kernels["portable"]
     assert kernels["portable"] != kernels["preview"]
 
@@ -84,6 +84,7 @@ def test_takes_what_it_is_made_for():
         (SUPPORTED, {"softcap": 3.0}, "softcap"),
         (SUPPORTED, {"sinks": torch.zeros(4)}, "sinks"),
         (SUPPORTED, {"key_mask": torch.ones(2, 7, dtype=torch.bool)}, "key_mask"),
+        (SUPPORTED, {"block_table": torch.zeros(2, 4, dtype=torch.int32)}, "block_table"),
         (SUPPORTED, {"threshold": torch.zeros(2, 4)}, "skip_softmax_threshold"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -116,15 +117,22 @@ def strided(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -
 def test_layouts(shape: tuple, strides: tuple, offset: int, reason: str | None):
     q = strided(shape, strides, offset)
     length = torch.empty(1, dtype=torch.int32, device="meta")
-    found = hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None)
+    found = hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None)
     assert found == (None if reason is None else f"q: {reason}")
+
+
+def test_padded_queries_of_one_row():
+    k = strided((3, 5, 2, 64), (640, 128, 64, 1))
+    length = torch.empty(3, dtype=torch.int32, device="meta")
+    for q, reason in ((k[:, :1], "padded queries of one row"), (k[:, :2], None)):
+        assert hopper.unsupported(q, k, k, length, 0.1, -1, 0.0, None, None, None, None) == reason
 
 
 def test_number_of_tiles():
     q = strided((2**30, 1, 64), (64, 64, 1))
     for num_seqs, reason in ((2**26, None), (2**27, "number of tiles")):
         length = torch.empty(num_seqs, dtype=torch.int32, device="meta")
-        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None) == reason
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) == reason
 
 
 def test_device_and_version(monkeypatch):
@@ -132,7 +140,7 @@ def test_device_and_version(monkeypatch):
     monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(hopper, "_triton_version", lambda: "3.9")
     assert hopper.refusal(q) == "FA_OPS_KERNEL is 'portable'"
-    monkeypatch.setattr(tier, "IS_PREVIEW", True)
+    monkeypatch.setattr(tier, "TIER", "preview")
     assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
     assert hopper.refusal(q) == "cuda:0 is not of sm_90"
