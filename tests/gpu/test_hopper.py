@@ -20,7 +20,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_supported
+from tests.support.hopper import draw_many
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
 
@@ -34,7 +34,7 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
 PROFILE = Profile(DTYPES, HEAD_DIMS, max_len=2000, max_rows_by_heads=40_000, max_seqs=8, feature_rate=0.0)
-CASES = [draw_supported(PROFILE, seed) for seed in range(300)]
+CASES = draw_many(PROFILE, 300)
 each_head_dim = pytest.mark.parametrize("head_dim", [64, 128, 256])
 each_layout = pytest.mark.parametrize("is_padded", [False, True], ids=["packed", "padded"])
 

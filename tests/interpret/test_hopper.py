@@ -15,9 +15,9 @@ from fa_ops.kernels import tiles
 from fa_ops.kernels.configs import HOPPER_TILES, HopperTile
 from tests.support.accuracy import AccuracyError, check_case, evaluate
 from tests.support.cases import Case
-from tests.support.draw import MANY_ROWS, Profile
+from tests.support.draw import Profile
 from tests.support.gluon import EmulatedKernel, EmulationError
-from tests.support.hopper import draw_supported
+from tests.support.hopper import draw_many, draw_supported
 from tests.support.memory import CanaryError
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
@@ -33,9 +33,7 @@ PROFILE = Profile(
 PROGRAMS = 3
 
 
-# a maximum over few numbers compares little but luck
-DRAWN = [draw_supported(PROFILE, seed) for seed in range(400)]
-CASES = [case for case in DRAWN if max(case.lens_q, default=0) >= MANY_ROWS][:240]
+CASES = draw_many(PROFILE, 240)
 
 
 @pytest.fixture

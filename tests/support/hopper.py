@@ -1,9 +1,16 @@
 """Cases that the forward kernel for sm_90 takes."""
 
 import dataclasses
+import itertools
 
 from tests.support.cases import Case
-from tests.support.draw import Profile, draw_case
+from tests.support.draw import MANY_ROWS, Profile, draw_case
+
+
+def draw_many(profile: Profile, count: int) -> list[Case]:
+    """The first `count` Cases in which a maximum over the rows compares more than luck."""
+    cases = (draw_supported(profile, seed) for seed in itertools.count())
+    return list(itertools.islice((case for case in cases if max(case.lens_q, default=0) >= MANY_ROWS), count))
 
 
 def draw_supported(profile: Profile, seed: int) -> Case:
