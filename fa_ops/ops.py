@@ -14,7 +14,8 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops, decoding
+from fa_ops import cpu_ops, decoding, hopper
+from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
     IS_INTERPRETED,
@@ -37,6 +38,7 @@ if HAS_TRITON:
     from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
     from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
+    from fa_ops.kernels.tiles import tile_list_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,11 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     _require_triton(q)
+    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, threshold)
+    if reason is None:
+        logger.debug("varlen_attention: sm_90 kernel")
+        results = hopper.forward(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
+        return *results, *outputs.empty_skip(q, k, b_seq_len, None)
     out, lse = outputs.empty_forward(q, v)
     block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
     if skip_blocks is not None:
@@ -99,7 +106,7 @@ def _varlen_attention(
         return out, lse, block_bits, counts
     num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
     if num_splits is not None:
-        logger.debug("decode kernel: %s splits", num_splits)
+        logger.debug("varlen_attention: decode kernel, %s splits", num_splits)
         with _device_of(q):
             decoding.launch(
                 num_splits, _tile("decode", q, v, skip_blocks), q, k, v, out, lse,
@@ -108,7 +115,7 @@ def _varlen_attention(
             )  # fmt: skip
         if not is_packed:
             return out, lse, block_bits, counts
-    logger.debug("forward kernel")
+    logger.debug("varlen_attention: forward kernel, since %s", reason)
     tile = _tile("forward", q, v, skip_blocks)
     with _device_of(q):
         wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
@@ -382,9 +389,12 @@ if HAS_TRITON and not IS_INTERPRETED:
     # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
+    # Which opaque op the forward's body calls is in no kernel's source: one of the preview's stands for it.
+    _preview_kernels = [tile_list_kernel] if tier.TIER == "preview" else []
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [
             attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,
+            *_preview_kernels,
         ],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip

@@ -16,6 +16,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class HopperTile(NamedTuple):
+    """Keys of a block, slots for blocks in shared memory, warp groups of 64 query rows, registers of their threads and
+    of the copying warp's."""
+
+    block_n: int
+    stages: int
+    consumers: int
+    consumer_registers: int
+    producer_registers: int
+
+
 HEAD_DIM_ROWS = (64, 128, 256)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 INTERPRETER_TILE = Tile(16, 32, 1, 1)
@@ -53,6 +64,13 @@ TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
         (kernel, True): {arch: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)) for arch in ARCHITECTURES}
         for kernel in ("forward", "decode", "dq", "dkv")
     },
+}
+
+# by head dimension
+HOPPER_TILES = {
+    64: HopperTile(128, 2, 2, 240, 24),
+    128: HopperTile(128, 2, 2, 240, 24),
+    256: HopperTile(64, 2, 2, 240, 24),
 }
 
 

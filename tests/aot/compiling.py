@@ -80,15 +80,15 @@ def compile_kernel(
             if not parameter.do_not_specialize:
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, {k: v for k, v in constants.items() if k in signature}, attrs)
+    return compile_source(source, arch, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def compile_source(source: ASTSource, arch: str, **options: int) -> Report:
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # what comes from the cache leaves no log
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", CAPABILITY[arch], 32),
-            options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY[arch], 32), options=options)
     registers, spilled, warnings = _parse_ptxas_log(log.getvalue())
     return Report(compiled.metadata.shared, registers, spilled, warnings, compiled.asm["ptx"])
 

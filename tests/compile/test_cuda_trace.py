@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from fa_ops import decoding, ops
+from fa_ops import decoding, hopper, ops
 from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
@@ -39,8 +39,8 @@ def an_imagined_gpu(request, monkeypatch):
     monkeypatch.setattr(ops, "_device_of", lambda t: nullcontext())
 
 
-def launches(body, arguments: tuple) -> list[torch.fx.Node]:
-    """The kernel launches in the functional trace of an op's body on fake CUDA tensors."""
+def trace(body, arguments: tuple) -> torch.fx.Graph:
+    """The functional trace of an op's body on fake CUDA tensors."""
     with FakeTensorMode():
         on_cuda = [
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") if isinstance(t, torch.Tensor) else t
@@ -52,9 +52,13 @@ def launches(body, arguments: tuple) -> list[torch.fx.Node]:
             given = iter(tensors)
             return body(*(next(given) if isinstance(t, torch.Tensor) else t for t in on_cuda))
 
-        graph = make_fx(dispatch_functionalize(call))(*tensors).graph
+        return make_fx(dispatch_functionalize(call))(*tensors).graph
+
+
+def launches(body, arguments: tuple) -> list[torch.fx.Node]:
+    """The kernel launches in it."""
     is_launch = torch.ops.higher_order.triton_kernel_wrapper_functional
-    return [node for node in graph.nodes if node.target is is_launch]
+    return [node for node in trace(body, arguments).nodes if node.target is is_launch]
 
 
 @pytest.mark.parametrize("case", FORWARD_CASES.values(), ids=FORWARD_CASES.keys())
@@ -131,3 +135,16 @@ def test_arguments_of_the_kernels_are_not_copied(an_imagined_gpu):
     inputs = small_case(dtype=torch.bfloat16, is_padded=True, memory="head_major").build()
     (launch,) = launches(ops._varlen_attention, op_arguments(inputs))
     assert all(launch.kwargs["kwargs"][name].op == "placeholder" for name in ("q_ptr", "k_ptr", "v_ptr"))
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["packed", "padded"])
+def test_sm_90_is_one_opaque_op(is_padded: bool, an_imagined_gpu, monkeypatch):
+    """It is given the op's own arguments, and nothing is launched around it."""
+    monkeypatch.setattr(hopper, "refusal", hopper.unsupported)
+    case = small_case(
+        dtype=torch.bfloat16, head_dim=64, value_dim=64, is_padded=is_padded, lens_k=(6, 9), memory="head_major"
+    )
+    graph = trace(ops._varlen_attention, op_arguments(case.build()))
+    (node,) = (node for node in graph.nodes if node.target is hopper.forward)
+    assert [arg.op for arg in node.args[:7]] == ["placeholder"] * 7
+    assert not [node for node in graph.nodes if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional]

@@ -1,0 +1,232 @@
+"""The forward kernel for sm_90: when it is taken, its opaque op, its launch.
+
+Inductor writes a Triton kernel's source out anew, under `triton.jit`; a Gluon kernel has to sit behind an op of its
+own.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa_ops.kernels import tier
+from fa_ops_meta import outputs
+
+TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
+HEAD_DIMS = (64, 128, 256)
+ALIGNMENT = 16  # bytes: of the copy engine's addresses and strides
+MAX_ROWS = 2**30  # of a ragged descriptor
+LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
+
+_library = torch.library.Library("modelopt", "FRAGMENT")
+_library.define(
+    "_varlen_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, "
+    "Tensor b_seq_len_k, float softmax_scale, int window_left, int window_right) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def refusal(q: Tensor, *call: Any) -> str | None:
+    """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
+    if tier.TIER != "preview":
+        return f"FA_OPS_KERNEL is {tier.TIER!r}"
+    if q.device.type != "cuda" or _capability(q.device) != (9, 0):
+        return f"{q.device} is not of sm_90"
+    if _triton_version() not in TRITON_VERSIONS:
+        return f"Triton {_triton_version()} is none of {', '.join(TRITON_VERSIONS)}"
+    return unsupported(q, *call)
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_seq_len: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    softcap: float,
+    sinks: Tensor | None,
+    key_mask: Tensor | None,
+    block_table: Tensor | None,
+    threshold: Tensor | None,
+) -> str | None:
+    """What of a call the kernel does not know, whatever the device; None if nothing. Lengths have no say, since a
+    sequence's result must not depend on its neighbours."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != q.shape[-1]:
+        return f"head dimensions {q.shape[-1]} and {v.shape[-1]}"
+    for name, is_used in (
+        ("softmax_scale", softmax_scale < LEAST_SCALE),
+        ("window_left", window_left >= 0 and q.shape[-1] > 128),  # it would spill registers
+        ("softcap", softcap > 0),
+        ("sinks", sinks is not None),
+        ("key_mask", key_mask is not None),
+        ("block_table", block_table is not None),
+        ("skip_softmax_threshold", threshold is not None),
+        ("padded queries of one row", q.dim() == 4 and q.shape[1] == 1),  # 63 of 64 rows would be waste
+    ):
+        if is_used:
+            return name
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        reason = _unsupported_layout(t)
+        if reason is not None:
+            return f"{name}: {reason}"
+    rows, num_seqs = q.shape[-3], b_seq_len.shape[0]
+    tiles = rows // 64 + num_seqs if q.dim() == 3 else (rows // 64 + 1) * num_seqs
+    if tiles * max(q.shape[-2], 16) >= 2**31:  # 32-bit indices of a tile and head, and into the list of tiles
+        return "number of tiles"
+    return None
+
+
+def _unsupported_layout(t: Tensor) -> str | None:
+    """What keeps the copy engine from reading t; the batch has to lie a whole number of rows apart."""
+    *batch, stride_t, stride_h, stride_d = t.stride()
+    strides = stride_t, stride_h, *batch
+    elements = ALIGNMENT // t.element_size()
+    if stride_d != 1 or t.storage_offset() % elements or any(s <= 0 or s % elements for s in strides):
+        return f"strides {tuple(t.stride())} at offset {t.storage_offset()}"
+    if batch and batch[0] % stride_t:
+        return f"batch stride {batch[0]} is no multiple of the row stride {stride_t}"
+    batch_rows = max(batch[0] // stride_t, t.shape[1]) if batch else 0
+    if t.shape[-3] + batch_rows * (t.shape[0] - 1) > MAX_ROWS:
+        return f"more than {MAX_ROWS} rows"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _triton_version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
+    """What the copy engine needs to know of t, packed or padded, to read tiles (1, 1, 1, block_rows, D) of one head
+    inside one sequence: rows past the sequence's end come as zeros.
+
+    The engine knows bounds for each dimension of a tensor, and no others. So rows get three coordinates, (x, y, z) with
+    strides (2^34 - s, s, s), s being the row stride, and z has the bound R = 2^30. At x = R, y = first + length and
+    z = R - length + row a row past the sequence's end is past R, while addresses, which are taken modulo 2^64, become
+    R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
+    bytes.
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    heads, dim = t.shape[-2:]
+    stride_t, stride_h = t.stride()[-3:-1]
+    block = [1, 1, 1, block_rows, dim]
+    return TensorDescriptor(
+        t,
+        shape=[2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
+        strides=[2**34 - stride_t, stride_t, stride_h, stride_t, 1],
+        block_shape=block,
+        layout=_shared_layout(tuple(block), str(t.dtype).removeprefix("torch.")),
+    )
+
+
+@functools.cache
+def _shared_layout(block: tuple[int, ...], dtype: str) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, dtype))
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor,
+    b_seq_len_k: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of what `unsupported` lets through; index tensors are contiguous."""
+    from fa_ops.kernels.configs import HOPPER_TILES
+    from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
+
+    out, lse = outputs.empty_forward(q, v)
+    out.zero_()
+    lse.fill_(float("-inf"))
+    num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
+    if num_seqs * rows_q * rows_k * heads == 0:
+        return out, lse
+    q, k, v = (_for_copy_engine(t) for t in (q, k, v))
+    tile = HOPPER_TILES[q.shape[-1]]
+    with torch.cuda.device_of(q):
+        tiles, bound = tile_list(
+            q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
+            ROWS.value * tile.consumers, tile.block_n,
+        )  # fmt: skip
+        hopper_forward_kernel[(min(_num_processors(q.device), bound * heads),)](
+            ragged_descriptor(q, ROWS.value), ragged_descriptor(k, tile.block_n), ragged_descriptor(v, tile.block_n),
+            out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
+            HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages, CONSUMERS=tile.consumers,
+            CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
+            HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def tile_list(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor,
+    b_seq_len_k: Tensor,
+    window_left: int,
+    window_right: int,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, int]:
+    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be."""
+    from fa_ops.kernels.tiles import RECORD, tile_list_kernel
+
+    is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
+    tiles = (rows_q + block_m - 1) // block_m
+    bound = tiles + num_seqs if is_packed else tiles * num_seqs
+    records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
+    tile_list_kernel[(bound,)](
+        records, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)),
+        BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, IS_PACKED=is_packed,
+        num_warps=1,
+    )  # fmt: skip
+    return records, bound
+
+
+def _batch_rows(t: Tensor) -> int:
+    """The batch stride in rows."""
+    return 0 if t.dim() == 3 else t.stride(0) // t.stride(1)
+
+
+def _for_copy_engine(t: Tensor) -> Tensor:
+    """t itself, but for a storage that begins at an odd address: no allocator of torch's makes one."""
+    t = t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+    reason = _unsupported_layout(t)
+    if reason is not None:
+        raise ValueError(f"modelopt::_varlen_attention_sm90 cannot read a tensor with {reason}")
+    return t
+
+
+_library.impl("_varlen_attention_sm90", launch, "CUDA")
+torch.library.register_fake(
+    "modelopt::_varlen_attention_sm90", lambda q, k, v, *_: outputs.empty_forward(q, v), lib=_library
+)
+forward = torch.ops.modelopt._varlen_attention_sm90.default

@@ -1,0 +1,332 @@
+"""Runs a warp-specialised Gluon kernel in Python on CPU tensors: Gluon has no interpreter.
+
+Each role is a thread. Barriers, phases and transaction counts are those of the PTX manual's mbarrier; copies into
+shared memory arrive late, and until then the destination holds NaN; products of matrices read their operands when they
+are issued and again when they are waited for, and complain if these differ. So a wrong phase, a slot that is used too
+early or given back too soon, or a wait that never ends is an error here. Registers, layouts, memory order between
+threads and the widths of integers do not exist. Programs run one after the other.
+"""
+
+import random
+import threading
+import time
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+HANG_SECONDS = 20.0
+COPY_SECONDS = PRODUCT_SECONDS = 1e-3  # at most
+PAUSE_SECONDS = 1e-4  # before a wait, at most
+
+
+class EmulationError(AssertionError):
+    """The kernel did what a GPU would not forgive."""
+
+
+class EmulatedKernel:
+    """`kernel[grid](...)` in Python; `module` is where its functions and their globals are."""
+
+    def __init__(self, module: types.ModuleType, name: str, seed: int = 0):
+        self.names, self.name, self.seed = dict(vars(module)), name, seed  # the module's own may be replaced by this
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(*args, num_warps: int, **constants) -> None:
+            args = [_Descriptor(x) if hasattr(x, "block_shape") else _pointer(x) for x in args]
+            for program in range(grid[0]):
+                emulated = _Program(program, grid[0], random.Random(f"{self.seed}-{program}"))
+                emulated.namespace(self.names)[self.name](*args, **constants)
+                emulated.check_end()
+
+        return run
+
+
+def _pointer(x: Any) -> Any:
+    return _Pointer(_storage(x), 0) if isinstance(x, Tensor) else x
+
+
+def _storage(t: Tensor) -> Tensor:
+    """All that follows the first element of t in memory, as one dimension."""
+    size = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    return t.as_strided((size,), (1,), t.storage_offset())
+
+
+@dataclass
+class _Pointer:
+    memory: Tensor
+    offset: Any
+
+    def __add__(self, offset: Any) -> "_Pointer":
+        return _Pointer(self.memory, self.offset + offset)
+
+    @property
+    def dtype(self):
+        return types.SimpleNamespace(element_ty=self.memory.dtype)
+
+
+class _Descriptor:
+    """A TensorDescriptor; reads as the copy engine does: 64-bit addresses that wrap, zeros out of bounds."""
+
+    def __init__(self, descriptor: Any):
+        self.given = descriptor
+        self.memory = _storage(descriptor.base)
+        self.dtype = descriptor.base.dtype
+        self.layout = None
+        shape = list(descriptor.block_shape)
+        nbytes = torch.Size(shape).numel() * descriptor.base.element_size()
+        self.block_type = types.SimpleNamespace(shape=shape, nbytes=nbytes)
+        if any(stride * descriptor.base.element_size() % 16 for stride in descriptor.strides[:-1]):
+            raise EmulationError(f"strides {descriptor.strides} are no multiples of 16 bytes")
+
+    def read(self, coordinates: list[int]) -> Tensor:
+        *outer, rows, width = self.block_type.shape
+        bounds, strides = self.given.shape, self.given.strides
+        if any(n != 1 for n in outer) or coordinates[-1] != 0 or width != bounds[-1]:
+            raise EmulationError(f"a block {self.block_type.shape} at {coordinates}")
+        block = torch.zeros(self.block_type.shape, dtype=self.dtype)
+        modulus = 2**64 // self.memory.element_size()
+        for row in range(rows):
+            at = [*coordinates[:-2], coordinates[-2] + row, 0]
+            if all(0 <= c < bound for c, bound in zip(at, bounds, strict=True)):
+                address = sum(c * stride for c, stride in zip(at, strides, strict=True)) % modulus
+                if address + width > len(self.memory):
+                    raise EmulationError(f"element {address} of {len(self.memory)} is read, for coordinates {at}")
+                block[(0,) * len(outer) + (row,)] = self.memory[address : address + width]
+        return block
+
+
+@dataclass
+class _Shared:
+    """A view of shared memory."""
+
+    values: Any  # Tensor, or nested lists of barriers
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    @property
+    def shape(self):
+        return list(self.values.shape)
+
+    def index(self, i: int) -> Any:
+        return _Shared(self.values[i])
+
+    def reshape(self, shape) -> "_Shared":
+        return _Shared(self.values.view(tuple(shape)))
+
+    def permute(self, order) -> "_Shared":
+        return _Shared(self.values.permute(order))
+
+
+class _Barrier:
+    def __init__(self) -> None:
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def complete_if_done(self) -> None:
+        if self.pending < 0:
+            raise EmulationError("more arrivals at a barrier than it was initialised for")
+        if self.pending == 0 and self.bytes == 0:
+            self.phase += 1
+            self.pending = self.count
+
+
+@dataclass
+class _Product:
+    """An asynchronous product of matrices; its value is that of its operands while it runs."""
+
+    left: Any
+    right: _Shared
+    acc: Tensor | None
+    value: Tensor | None = None
+    early: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.early = self._compute()
+
+    def _compute(self) -> Tensor:
+        left = self.left.values if isinstance(self.left, _Shared) else self.left
+        product = left.float() @ self.right.values.float()
+        return product if self.acc is None else self.acc + product
+
+    def finish(self) -> None:
+        self.value = self._compute()
+        if not torch.equal(self.value.nan_to_num(nan=12345.0), self.early.nan_to_num(nan=12345.0)):
+            raise EmulationError("shared memory changed while a product of matrices was reading it")
+
+
+class _Program:
+    """One program: what its roles share, and the language they speak."""
+
+    def __init__(self, index: int, programs: int, rng: random.Random):
+        self.index, self.programs, self.rng = index, programs, rng
+        self.changed = threading.Condition()
+        self.failures: list[BaseException] = []
+        self.copies: list[threading.Thread] = []
+        self.barriers: list[_Barrier] = []
+        self.role = threading.local()
+
+    def namespace(self, names: dict[str, Any]) -> dict[str, Any]:
+        """A module's globals with this program's language in place of Gluon's."""
+        names = {name: x.value if isinstance(x, triton.language.constexpr) else x for name, x in names.items()}
+        names |= {
+            "gl": self._language(),
+            "mbarrier": types.SimpleNamespace(
+                MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, arrive=self._arrive,
+                expect=self._expect,
+            ),
+            "tma": types.SimpleNamespace(async_copy_global_to_shared=self._copy),
+            "warpgroup_mma": self._multiply,
+            "warpgroup_mma_wait": self._wait_for_products,
+            "fence_async_shared": lambda: None,
+        }  # fmt: skip
+        for name, x in list(names.items()):
+            if isinstance(x, triton.JITFunction):
+                names[name] = types.FunctionType(x.fn.__code__, names, name, x.fn.__defaults__)
+        return names
+
+    def check_end(self) -> None:
+        for copy in self.copies:
+            copy.join()
+        self._raise_failures()
+        if any(barrier.bytes for barrier in self.barriers):
+            raise EmulationError("a barrier still waits for bytes at the end")
+        if self._products():
+            raise EmulationError("products of matrices were never waited for")
+
+    def _raise_failures(self) -> None:
+        if self.failures:
+            raise self.failures[0]
+
+    def _language(self) -> types.SimpleNamespace:
+        def same(x, *_):
+            return x
+
+        return types.SimpleNamespace(
+            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
+            constexpr=None, static_range=range,
+            NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
+            allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
+            load=lambda pointer: int(pointer.memory[pointer.offset]), store=_store,
+            arange=lambda start, end, layout: torch.arange(start, end),
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+            convert_layout=same, cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
+            expand_dims=torch.unsqueeze, where=_where, maximum=_maximum,
+            max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
+            exp2=torch.exp2, log=torch.log,
+        )  # fmt: skip
+
+    def _allocate(self, dtype: Any, shape: list[int], layout: Any) -> _Shared:
+        if layout == "barrier":
+            barriers = [_Barrier() for _ in range(shape[0])]
+            self.barriers += barriers
+            return _Shared(barriers)
+        return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+
+    def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
+        roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
+        for role in roles:
+            role.start()
+        for role in roles:
+            role.join()
+        self._raise_failures()
+
+    @torch.no_grad()  # each thread has to say so for itself
+    def _play(self, function: Any, args: tuple) -> None:
+        try:
+            function(*args)
+            if self._products():
+                raise EmulationError("products of matrices were never waited for")
+        except BaseException as failure:
+            self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        with self.changed:
+            self.failures.append(failure)
+            self.changed.notify_all()
+
+    def _init(self, barrier: _Shared, count: int) -> None:
+        barrier.values.count = barrier.values.pending = count
+
+    def _wait(self, barrier: _Shared, parity: int) -> None:
+        time.sleep(self.rng.random() * PAUSE_SECONDS)
+        b = barrier.values
+        with self.changed:
+            is_over = self.changed.wait_for(lambda: self.failures or b.phase & 1 != parity, HANG_SECONDS)
+        if self.failures:
+            raise EmulationError("another role failed")
+        if not is_over:
+            raise EmulationError(f"a barrier in phase {b.phase} was waited for with parity {parity} in vain")
+
+    def _arrive(self, barrier: _Shared, count: int = 1) -> None:
+        with self.changed:
+            barrier.values.pending -= count
+            barrier.values.complete_if_done()
+            self.changed.notify_all()
+
+    def _expect(self, barrier: _Shared, nbytes: int) -> None:
+        with self.changed:
+            barrier.values.bytes += nbytes
+        self._arrive(barrier)
+
+    def _copy(self, descriptor: _Descriptor, coordinates: list[int], barrier: _Shared, destination: _Shared) -> None:
+        destination.values.fill_(torch.nan)
+        delay = self.rng.random() * COPY_SECONDS
+
+        @torch.no_grad()
+        def copy() -> None:
+            try:
+                time.sleep(delay)
+                destination.values.copy_(descriptor.read(coordinates))
+                with self.changed:
+                    barrier.values.bytes -= descriptor.block_type.nbytes
+                    barrier.values.complete_if_done()
+                    self.changed.notify_all()
+            except BaseException as failure:
+                self._fail(failure)
+
+        self.copies.append(threading.Thread(target=copy, daemon=True))
+        self.copies[-1].start()
+
+    def _products(self) -> list[_Product]:
+        """Those that the role has issued and not waited for."""
+        if not hasattr(self.role, "products"):
+            self.role.products = []
+        return self.role.products
+
+    def _multiply(self, left, right: _Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False):
+        product = _Product(left, right, acc if use_acc else None)
+        self._products().append(product)
+        return product if is_async else self._wait_for_products(0, [product])
+
+    def _wait_for_products(self, num_outstanding: int, deps: list):
+        products = self._products()
+        if len(products) > num_outstanding:
+            time.sleep(self.rng.random() * PRODUCT_SECONDS)
+        while len(products) > num_outstanding:
+            products.pop(0).finish()
+        values = tuple(dep.value if isinstance(dep, _Product) else dep for dep in deps)
+        if any(value is None for value in values):
+            raise EmulationError("a product of matrices is used before it has been waited for")
+        return values[0] if len(values) == 1 else values
+
+
+def _store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
+    value, mask, at = torch.broadcast_tensors(value, mask, pointer.offset)
+    at = at[mask]
+    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(pointer.memory)):
+        raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(pointer.memory)} are written")
+    pointer.memory[at] = value[mask]
+
+
+def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
+    return torch.where(condition, a, b)
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)

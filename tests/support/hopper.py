@@ -1,0 +1,26 @@
+"""Cases that the forward kernel for sm_90 takes."""
+
+import dataclasses
+import itertools
+
+from tests.support.cases import Case
+from tests.support.draw import MANY_ROWS, Profile, draw_case
+
+
+def draw_many(profile: Profile, count: int) -> list[Case]:
+    """The first `count` Cases in which a maximum over the rows compares more than luck."""
+    cases = (draw_supported(profile, seed) for seed in itertools.count())
+    return list(itertools.islice((case for case in cases if max(case.lens_q, default=0) >= MANY_ROWS), count))
+
+
+def draw_supported(profile: Profile, seed: int) -> Case:
+    """A Case of the profile without what the kernel does not know; every fourth has a window, where it can."""
+    case = dataclasses.replace(draw_case(profile, seed), key_mask=None, softcap=0.0, has_sinks=False)
+    if case.memory == "gapped":
+        case = dataclasses.replace(case, memory="contiguous")
+    if case.softmax_scale is not None and case.softmax_scale <= 0:
+        case = dataclasses.replace(case, softmax_scale=None)
+    window_size = (-1, -1)
+    if seed % 4 == 0 and case.head_dim <= 128:
+        window_size = (seed * 7 % profile.max_len, seed % 7 * 20)
+    return dataclasses.replace(case, is_causal=case.is_causal and seed % 8 != 4, window_size=window_size)

@@ -1,0 +1,146 @@
+"""Which kernel runs a call: FA_OPS_KERNEL, and what the sm_90 kernel takes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fa_ops import hopper
+from fa_ops.kernels import tier
+from tests.support.problems import small_case
+
+ROOT = Path(__file__).parents[2]
+SUPPORTED = small_case(dtype=torch.bfloat16, head_dim=128, value_dim=128)
+
+
+def refusal_of(case=SUPPORTED, **other) -> str | None:
+    inputs = case.build()
+    call = {
+        "softmax_scale": case.softmax_scale or 0.1, "window_left": -1, "softcap": 0.0, "sinks": None, "key_mask": None,
+        "block_table": None, "threshold": None,
+    } | other  # fmt: skip
+    return hopper.unsupported(inputs.q, inputs.k, inputs.v, inputs.b_seq_len, *call.values())
+
+
+def run_with(choice: str, code: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"FA_OPS_KERNEL": choice, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_what_has_not_run_on_a_gpu_is_off():
+    code = "from fa_ops.kernels import tier; print(tier.TIER)"
+    env = {name: value for name, value in os.environ.items() if name != "FA_OPS_KERNEL"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "portable", run.stderr
+
+
+@pytest.mark.parametrize("choice", tier.TIERS)
+def test_choices(choice: str):
+    run = run_with(choice, "from fa_ops.kernels import tier; print(tier.TIER)")
+    assert run.stdout.strip() == choice, run.stderr
+
+
+def test_another_choice_is_refused_by_name():
+    run = run_with("fastest", "import fa_ops")
+    assert run.returncode != 0
+    assert "FA_OPS_KERNEL: 'fastest' given in the environment; accepted are 'portable' and 'preview'" in run.stderr
+
+
+def test_the_choice_is_in_the_cache_key():
+    """AOTAutograd caches what the op's body did: the other choice must not find it."""
+    code = """
+import fa_ops
+from torch._library.triton import get_triton_kernels_for_op
+print(*[kernel.__name__ for kernel in get_triton_kernels_for_op("modelopt::varlen_attention")])
+"""
+    kernels = {choice: run_with(choice, code).stdout for choice in tier.TIERS}
+    assert kernels["portable"]
+    assert kernels["portable"] != kernels["preview"]
+
+
+def test_takes_what_it_is_made_for():
+    assert refusal_of() is None
+    for memory in ("contiguous", "head_major", "fused_qkv"):
+        for is_padded in (False, True):
+            case = dataclasses.replace(SUPPORTED, memory=memory, is_padded=is_padded, placement="right")
+            assert refusal_of(case) is None, str(case)
+
+
+@pytest.mark.parametrize(
+    ("case", "other", "reason"),
+    [
+        (dataclasses.replace(SUPPORTED, dtype=torch.float32), {}, "dtype torch.float32"),
+        (dataclasses.replace(SUPPORTED, head_dim=80, value_dim=80), {}, "head dimensions 80 and 80"),
+        (dataclasses.replace(SUPPORTED, value_dim=64), {}, "head dimensions 128 and 64"),
+        (dataclasses.replace(SUPPORTED, head_dim=256, value_dim=256), {"window_left": 5}, "window_left"),
+        (dataclasses.replace(SUPPORTED, memory="gapped"), {}, "q: strides"),
+        (SUPPORTED, {"softmax_scale": -0.1}, "softmax_scale"),
+        (SUPPORTED, {"softmax_scale": 0.0}, "softmax_scale"),
+        (SUPPORTED, {"softcap": 3.0}, "softcap"),
+        (SUPPORTED, {"sinks": torch.zeros(4)}, "sinks"),
+        (SUPPORTED, {"key_mask": torch.ones(2, 7, dtype=torch.bool)}, "key_mask"),
+        (SUPPORTED, {"block_table": torch.zeros(2, 4, dtype=torch.int32)}, "block_table"),
+        (SUPPORTED, {"threshold": torch.zeros(2, 4)}, "skip_softmax_threshold"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_refuses_the_rest_by_name(case, other: dict, reason: str):
+    found = refusal_of(case, **other)
+    assert found is not None
+    assert found.startswith(reason)
+
+
+def strided(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> torch.Tensor:
+    size = 1 + offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    return torch.empty(size, dtype=torch.bfloat16, device="meta").as_strided(shape, strides, offset)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset", "reason"),
+    [
+        ((5, 2, 64), (128, 64, 1), 0, None),
+        ((5, 2, 64), (128, 64, 1), 8, None),
+        ((5, 2, 64), (128, 64, 1), 4, "strides (128, 64, 1) at offset 4"),
+        ((5, 2, 64), (132, 64, 1), 0, "strides (132, 64, 1) at offset 0"),
+        ((5, 2, 64), (64, 0, 1), 0, "strides (64, 0, 1) at offset 0"),
+        ((3, 5, 2, 64), (640, 128, 64, 1), 0, None),
+        ((3, 5, 2, 64), (704, 128, 64, 1), 0, "batch stride 704 is no multiple of the row stride 128"),
+        ((2**30 + 1, 1, 64), (64, 64, 1), 0, "more than 1073741824 rows"),
+        ((3, 5, 2, 64), (64 * 2**30, 64, 320, 1), 0, "more than 1073741824 rows"),
+    ],
+)
+def test_layouts(shape: tuple, strides: tuple, offset: int, reason: str | None):
+    q = strided(shape, strides, offset)
+    length = torch.empty(1, dtype=torch.int32, device="meta")
+    found = hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None)
+    assert found == (None if reason is None else f"q: {reason}")
+
+
+def test_padded_queries_of_one_row():
+    k = strided((3, 5, 2, 64), (640, 128, 64, 1))
+    length = torch.empty(3, dtype=torch.int32, device="meta")
+    for q, reason in ((k[:, :1], "padded queries of one row"), (k[:, :2], None)):
+        assert hopper.unsupported(q, k, k, length, 0.1, -1, 0.0, None, None, None, None) == reason
+
+
+def test_number_of_tiles():
+    q = strided((2**30, 1, 64), (64, 64, 1))
+    for num_seqs, reason in ((2**26, None), (2**27, "number of tiles")):
+        length = torch.empty(num_seqs, dtype=torch.int32, device="meta")
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) == reason
+
+
+def test_device_and_version(monkeypatch):
+    q = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "_triton_version", lambda: "3.9")
+    assert hopper.refusal(q) == "FA_OPS_KERNEL is 'portable'"
+    monkeypatch.setattr(tier, "TIER", "preview")
+    assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
+    monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
+    assert hopper.refusal(q) == "cuda:0 is not of sm_90"
