@@ -30,12 +30,13 @@ def _number(value: str) -> str | float:
 def write_report(path: Path) -> None:
     """Beside the CSV: a Markdown file, and a PNG where matplotlib is installed."""
     rows = read(path)
+    picture = []
     try:
-        plot(rows, path.with_suffix(".png"))
-        picture = [f"![loss over the share of dropped blocks]({path.with_suffix('.png').name})", ""]
+        if any("wanted" in row for row in rows):
+            plot(rows, path.with_suffix(".png"))
+            picture = [f"![loss over the share of dropped blocks]({path.with_suffix('.png').name})", ""]
     except ImportError as error:
         print(f"no plot: {error}; pip install matplotlib", file=sys.stderr)
-        picture = []
     path.with_suffix(".md").write_text("\n".join([*heading(rows), *picture, *tables(rows)]) + "\n")
 
 
@@ -184,7 +185,7 @@ def plot(rows: Rows, path: Path) -> None:
     """A line of panels for each phase: visiting orders, block sizes, allocations."""
     from matplotlib.figure import Figure
 
-    phases = list(dict.fromkeys(row["phase"] for row in rows if "phase" in row))
+    phases = list(dict.fromkeys(row["phase"] for row in rows if "wanted" in row))
     figure = Figure(figsize=(13, 3.8 * len(phases)), layout="constrained")
     for line, phase in zip(figure.subplots(len(phases), 3, squeeze=False), phases, strict=True):
         own = [row for row in rows if row.get("phase") == phase and "wanted" in row]

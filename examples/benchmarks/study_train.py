@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import train_small_lm
 from textdata import Document, cut, split_held_out, stdlib_documents, text_documents, training_batches
 
