@@ -37,7 +37,7 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 SHARES = (0.3, 0.5, 0.7, 0.8, 0.9)
 THRESHOLDS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
-ALLOCATIONS = ("equal_share", "by_layer", "by_head")
+ALLOCATIONS = ("equal_share", "equal_attention", "loss_by_layer", "loss_by_head")
 BLOCKS = {
     "cpu": ("16x16", "64x64", "32x32", "16x32", "32x16", "64x128"),
     "cuda": ("64x128", "16x16", "128x128", "64x64", "32x32"),
@@ -217,15 +217,17 @@ class Study:
         counts = self.margins[setting]
         if name == "uniform":
             return study_allocation.one_group(counts), lambda wanted: [wanted]
+        groups = (study_allocation.by_layer if name == "loss_by_layer" else study_allocation.by_head)(counts)
         if name == "equal_share":
-            heads = study_allocation.by_head(counts)
-            return heads, lambda wanted: study_allocation.equal_shares(counts, heads, wanted)
-        groups = getattr(study_allocation, name)(counts)
+            return groups, lambda wanted: study_allocation.equal_shares(counts, groups, wanted)
 
         def loss(ln_threshold: Tensor) -> float:
             return bits_per_byte(evaluate(self.model, self.calibration, setting, ln_threshold), self.calibration)
 
-        sensitivities = study_allocation.measure_sensitivities(counts, groups, loss)
+        if name == "equal_attention":
+            sensitivities = study_allocation.attention_sensitivities(counts, groups)
+        else:
+            sensitivities = study_allocation.loss_sensitivities(counts, groups, loss)
         return groups, lambda wanted: study_allocation.cheapest_shares(sensitivities, wanted)
 
     def figures(self, losses: Losses) -> Row:

@@ -1,9 +1,10 @@
 """Which λ each head gets, so that a wanted share of all blocks is dropped: one λ, or better ones.
 
-Everything here comes from dense passes and losses over training text. Heads are numbered by (layer, head); `counts` are
-those of `study_attention.Margins`, (layers, Hq, grid + 1).
+Everything here comes from dense passes and losses over training text. `counts` are those of `study_attention.Margins`,
+(2, layers, Hq, grid + 1): blocks, and the attention that they get.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,20 +15,22 @@ from torch import Tensor
 
 MOST_LN_THRESHOLD = -0.005  # λ < 1
 SENSITIVITY_SHARES = (0.3, 0.5, 0.7, 0.9)
+ATTENTION_STEP = 0.02
 
 
 class Reach(NamedTuple):
-    """Shares of a group of heads at every ln λ of the grid, and its blocks."""
+    """Of a group of heads: its blocks, and at every ln λ of the grid the share of them and the attention dropped."""
 
     shares: np.ndarray
-    blocks: int
+    attention: np.ndarray
+    blocks: float
 
     @classmethod
-    def of(cls, counts: Tensor) -> "Reach":
-        """counts (..., grid + 1), summed over all heads."""
-        cumulative = counts.flatten(0, -2).sum(0).cumsum(0)
-        blocks = int(cumulative[-1])
-        return cls((cumulative[:-1].double() / max(blocks, 1)).numpy(), blocks)
+    def of(cls, counts: Tensor, group: Tensor | None = None) -> "Reach":
+        """Of the heads in a mask (layers, Hq), of all if None."""
+        own = counts.flatten(1, 2) if group is None else counts[:, group]
+        dropped, attention = own.sum(1).cumsum(-1).numpy()
+        return cls(dropped[:-1] / max(dropped[-1], 1.0), attention[:-1], float(dropped[-1]))
 
     @property
     def largest(self) -> float:
@@ -35,6 +38,9 @@ class Reach(NamedTuple):
 
     def share(self, ln_threshold: float) -> float:
         return float(np.interp(ln_threshold, LN_GRID, self.shares))
+
+    def attention_at(self, share: float) -> float:
+        return float(np.interp(share, self.shares, self.attention))
 
     def ln_threshold(self, share: float) -> float:
         """ln λ of a share, that of the largest share for all above it."""
@@ -47,31 +53,37 @@ Groups = list[Tensor]  # masks (layers, Hq) bool, which together hold every head
 Losses = Callable[[Tensor], float]  # bits per byte on training text, of ln λ (layers, Hq)
 
 
+def heads_of(counts: Tensor) -> tuple[int, int]:
+    """(layers, Hq)"""
+    return counts.shape[1], counts.shape[2]
+
+
 def one_group(counts: Tensor) -> Groups:
-    return [torch.ones(counts.shape[:2], dtype=torch.bool)]
+    return [torch.ones(heads_of(counts), dtype=torch.bool)]
 
 
 def by_layer(counts: Tensor) -> Groups:
-    return [torch.arange(counts.shape[0])[:, None].expand(counts.shape[:2]) == layer for layer in range(len(counts))]
+    layers = torch.arange(counts.shape[1])[:, None].expand(heads_of(counts))
+    return [layers == layer for layer in range(counts.shape[1])]
 
 
 def by_head(counts: Tensor) -> Groups:
-    numbers = torch.arange(counts.shape[:2].numel()).view(counts.shape[:2])
+    numbers = torch.arange(math.prod(heads_of(counts))).view(heads_of(counts))
     return [numbers == number for number in range(numbers.numel())]
 
 
 def ln_thresholds(counts: Tensor, groups: Groups, shares: list[float]) -> Tensor:
     """ln λ (layers, Hq): each group's λ drops its share of the group's blocks; a share of 0 is dense."""
-    result = torch.full(counts.shape[:2], -torch.inf)
+    result = torch.full(heads_of(counts), -torch.inf)
     for group, share in zip(groups, shares, strict=True):
         if share > 0:
-            result[group] = Reach.of(counts[group]).ln_threshold(share)
+            result[group] = Reach.of(counts, group).ln_threshold(share)
     return result
 
 
 def equal_shares(counts: Tensor, groups: Groups, wanted: float) -> list[float]:
     """The same share for each group, but that those which cannot reach it give what they can."""
-    reaches = [Reach.of(counts[group]) for group in groups]
+    reaches = [Reach.of(counts, group) for group in groups]
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -81,26 +93,42 @@ def equal_shares(counts: Tensor, groups: Groups, wanted: float) -> list[float]:
 
 
 class Sensitivity(NamedTuple):
-    """Of one group: shares from 0 on, and the loss that dropping them in this group alone adds; convex."""
+    """Of one group: shares from 0 on, and what dropping them in this group alone costs, in any unit; convex."""
 
     shares: list[float]
     added: list[float]
-    blocks: int
+    blocks: float
+
+    @classmethod
+    def of(cls, points: list[tuple[float, float]], blocks: float) -> "Sensitivity":
+        """From (share, cost), ascending, the first (0, 0); the lower convex hull evens out their noise."""
+        shares, added = zip(*convex_hull(points), strict=True)
+        return cls(list(shares), list(added), blocks)
 
 
-def measure_sensitivities(counts: Tensor, groups: Groups, loss: Losses) -> list[Sensitivity]:
-    """One loss for each group and share; the lower convex hull of each group's points evens out their noise."""
-    dense = loss(torch.full(counts.shape[:2], -torch.inf))
+def attention_sensitivities(counts: Tensor, groups: Groups) -> list[Sensitivity]:
+    """The cost is the attention that the dropped blocks would get: no pass but the dense one is needed."""
     found = []
     for group in groups:
-        reach = Reach.of(counts[group])
+        reach = Reach.of(counts, group)
+        shares = sorted({min(step * ATTENTION_STEP, reach.largest) for step in range(1, int(1 / ATTENTION_STEP))})
+        points = [(share, reach.attention_at(share)) for share in shares if share > 0]
+        found.append(Sensitivity.of([(0.0, 0.0), *points], reach.blocks))
+    return found
+
+
+def loss_sensitivities(counts: Tensor, groups: Groups, loss: Losses) -> list[Sensitivity]:
+    """The cost is the loss that is added: a loss is measured for each group and share."""
+    dense = loss(torch.full(heads_of(counts), -torch.inf))
+    found = []
+    for group in groups:
+        reach = Reach.of(counts, group)
         points = [(0.0, 0.0)]
-        for share in sorted({min(share, reach.largest) for share in SENSITIVITY_SHARES}):
-            threshold = torch.full(counts.shape[:2], -torch.inf)
+        for share in sorted({min(share, reach.largest) for share in SENSITIVITY_SHARES} - {0.0}):
+            threshold = torch.full(heads_of(counts), -torch.inf)
             threshold[group] = reach.ln_threshold(share)
             points.append((share, loss(threshold) - dense))
-        hull = convex_hull(points)
-        found.append(Sensitivity([x for x, _ in hull], [y for _, y in hull], reach.blocks))
+        found.append(Sensitivity.of(points, reach.blocks))
     return found
 
 

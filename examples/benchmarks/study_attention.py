@@ -44,6 +44,12 @@ class Setting(NamedTuple):
         margins, is_visited = block_margins(scores.flatten(0, 1), mask, (self.br, self.bc), self.order, segment)
         return margins.unflatten(0, scores.shape[:2]), is_visited
 
+    def block_sums(self, t: Tensor) -> Tensor:
+        """(B, Hq, rows, keys) as (B, Hq, query blocks, key blocks)."""
+        rows, keys = t.shape[-2:]
+        t = torch.nn.functional.pad(t, (0, -keys % self.bc, 0, -rows % self.br))
+        return t.unflatten(3, (-1, self.bc)).sum(-1).unflatten(2, (-1, self.br)).sum(3)
+
 
 class Study(Protocol):
     def keep(self, layer: int, scores: Tensor, mask: Tensor) -> Tensor:
@@ -52,22 +58,25 @@ class Study(Protocol):
 
 
 class Margins:
-    """Drops nothing, and counts what each λ of the grid would drop, for many settings in one pass.
+    """Drops nothing, and measures what each λ of the grid would drop, for many settings in one pass.
 
-    `counts[setting]` is (layers, Hq, grid + 1): blocks whose margin lies between two λ of the grid.
+    `counts[setting]` is (2, layers, Hq, grid + 1) float64: blocks whose margin lies between two λ of the grid, and the
+    attention that these get, in rows: the sum of their probabilities.
     """
 
     def __init__(self, settings: Sequence[Setting], num_layers: int, num_heads: int) -> None:
-        shape = (num_layers, num_heads, len(LN_GRID) + 1)
-        self.counts = {setting: torch.zeros(shape, dtype=torch.int64) for setting in settings}
+        shape = (2, num_layers, num_heads, len(LN_GRID) + 1)
+        self.counts = {setting: torch.zeros(shape, dtype=torch.float64) for setting in settings}
 
     def keep(self, layer: int, scores: Tensor, mask: Tensor) -> Tensor:
-        grid = LN_GRID.to(scores.device)
+        grid, probabilities = LN_GRID.to(scores.device), scores.softmax(-1)
         for setting, counts in self.counts.items():
             margins, is_visited = setting.margins(scores, mask)
             place = torch.bucketize(margins[..., is_visited], grid, right=True).transpose(0, 1).flatten(1)
-            added = torch.zeros(counts.shape[1:], dtype=torch.int64, device=place.device)
-            counts[layer] += added.scatter_add_(1, place, torch.ones_like(place)).cpu()
+            attention = setting.block_sums(probabilities)[..., is_visited].transpose(0, 1).flatten(1)
+            for total, values in zip(counts, (torch.ones_like(attention), attention), strict=True):
+                added = torch.zeros(total.shape[1:], device=place.device)
+                total[layer] += added.scatter_add_(1, place, values).cpu()
         return mask
 
 

@@ -105,6 +105,7 @@ def test_counting_predicts_what_a_threshold_drops(study):
         skip = study.study_attention.Skip(setting, torch.full((1, 4), ln_threshold), 1)
         attend(study, skip, q, k, v)
         assert skip.counts[0].item() == reach.blocks
+        assert margins.counts[setting][1].sum().item() == pytest.approx(4 * 200, rel=1e-4)  # heads, rows
         assert skip.counts[1].item() / reach.blocks == pytest.approx(min(0.3, reach.largest), abs=0.01)
 
 
@@ -155,7 +156,7 @@ def arguments(checkpoint, *more):
         "--device", "cpu", "--checkpoint", str(checkpoint), "--text", str(checkpoint.parent / "text.txt"),
         "--output", str(checkpoint.parent), "--windows", "4", "--calibration-windows", "2",
         "--blocks", "16x16", "32x32", "--orders", "first_then_descending", "ascending",
-        "--shares", "0.3", "0.99", "--thresholds", "0.1", "--allocations", "by_layer", *more,
+        "--shares", "0.3", "0.99", "--thresholds", "0.1", "--allocations", "loss_by_layer", "equal_attention", *more,
     ]  # fmt: skip
 
 
@@ -169,24 +170,24 @@ def test_smoke(study, checkpoint, monkeypatch):
         assert 0 < op["share"] == own["share"] < 1
         assert own["bits_per_byte"] == pytest.approx(op["bits_per_byte"], abs=1e-3)
     assert len(of["uniform"]) == 2 * 2 * (2 + 2)
-    assert len(of["by_layer"]) == 2 * 2 * 2
+    assert len(of["loss_by_layer"]) == len(of["equal_attention"]) == 2 * 2 * 2
     assert all("skipped" in row for row in of["uniform"] if row["wanted"] == 0.99)
-    measured = [row for row in of["uniform"] + of["by_layer"] if "share" in row]
+    measured = [row for row in of["uniform"] + of["loss_by_layer"] + of["equal_attention"] if "share" in row]
     assert any(abs(row["share"] - 0.3) < 0.1 for row in measured)
     assert all(row["added_low"] <= row["added"] <= row["added_high"] for row in measured)
-    assert all(row["base"] == "uniform" for row in of["by_layer"] if "versus_base" in row)
+    assert all(row["base"] == "uniform" for row in of["loss_by_layer"] if "versus_base" in row)
     report = (checkpoint.parent / "sparsity-study.md").read_text()
     assert "first_then_descending" in report
-    assert "by_layer" in report
+    assert "loss_by_layer" in report
     assert (checkpoint.parent / "sparsity-study.png").stat().st_size > 10_000
 
 
 def test_the_time_limit_is_reported(study, checkpoint):
     assert study.sparsity_study.main(arguments(checkpoint, "--time-limit", "-1")) == 0
     rows = study.study_report.read(checkpoint.parent / "sparsity-study.csv")
-    assert sum("skipped" in row for row in rows) == 8 + 6 + 4
+    assert sum("skipped" in row for row in rows) == 8 + 6 + 2 * 4
     assert (
-        "not run: the time limit of -1 s had passed: 18 rows" in (checkpoint.parent / "sparsity-study.md").read_text()
+        "not run: the time limit of -1 s had passed: 22 rows" in (checkpoint.parent / "sparsity-study.md").read_text()
     )
 
 
