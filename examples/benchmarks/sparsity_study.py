@@ -38,10 +38,16 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 SHARES = (0.3, 0.5, 0.7, 0.8, 0.9)
 THRESHOLDS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
 ALLOCATIONS = ("equal_share", "equal_attention", "loss_by_layer", "loss_by_head")
-BLOCKS = {
-    "cpu": ("16x16", "64x64", "32x32", "16x32", "32x16", "64x128"),
-    "cuda": ("64x128", "16x16", "128x128", "64x64", "32x32"),
-}
+DEFAULTS = {
+    "cpu": {
+        "blocks": ["16x16", "64x64", "32x32", "16x32", "32x16", "64x128"],
+        "allocations": ALLOCATIONS, "windows": 32, "calibration_windows": 16,
+    },
+    "cuda": {  # for the larger model, whose losses by head would take longer than all the rest
+        "blocks": ["64x128", "16x16", "128x128", "64x64", "32x32"],
+        "allocations": ALLOCATIONS[:-1], "windows": 16, "calibration_windows": 8,
+    },
+}  # fmt: skip
 LEFT_OUT = 6  # priority of what is not measured
 OP_THRESHOLD, OP_STEPS = 0.2, 64  # of the check against the op
 COLUMNS = (
@@ -83,13 +89,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "or all Python sources that are installed")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0, help="of that training (10)")
     parser.add_argument("--context", type=int, help="tokens of a window (as many as the model allows)")
-    parser.add_argument("--windows", type=int, default=32, help="of held-out text (32)")
-    parser.add_argument("--calibration-windows", type=int, default=16, help="of training text (16)")
+    parser.add_argument("--windows", type=int, help="of held-out text (32; with CUDA 16)")
+    parser.add_argument("--calibration-windows", type=int, help="of training text (16; with CUDA 8)")
     parser.add_argument("--orders", nargs="+", choices=VISIT_ORDERS, default=VISIT_ORDERS)
     parser.add_argument("--blocks", nargs="+", help="such as 16x16, the most important first")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of blocks to drop")
     parser.add_argument("--thresholds", nargs="*", type=float, default=THRESHOLDS, help="λ to measure as they are")
-    parser.add_argument("--allocations", nargs="*", choices=ALLOCATIONS, default=ALLOCATIONS)
+    parser.add_argument("--allocations", nargs="*", choices=ALLOCATIONS, help="besides one λ for the whole model")
     parser.add_argument("--time-limit", type=float, default=840, help="seconds after which no further row is begun")
     parser.add_argument("--name", default="sparsity-study", help="of the files")
     parser.add_argument("--output", type=Path, default=here / "results", help="folder to write to")
@@ -98,8 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--train: given on a CPU; it needs CUDA (examples/train_small_lm.py trains on a CPU)")
     if not options.train and not options.checkpoint.exists():
         parser.error(f"--checkpoint: {options.checkpoint} does not exist; examples/train_small_lm.py writes the demo's")
-    blocks = options.blocks or BLOCKS[options.device]
-    options.blocks = [(int(br), int(bc)) for br, bc in (block.split("x") for block in blocks)]
+    for name, default in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    options.blocks = [(int(br), int(bc)) for br, bc in (block.split("x") for block in options.blocks)]
     return options
 
 
