@@ -83,6 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint", type=Path, default=here.parent / "output" / "model", help="a causal model that "
                         "Transformers loads, the demo's if not given")  # fmt: skip
+    parser.add_argument("--label", help="the model's name in the report (its architecture)")
     parser.add_argument("--text", type=Path, metavar="FILE_OR_DIR", help="the text, of which a fixed part is held out "
                         "(the sources of the standard library)")  # fmt: skip
     parser.add_argument("--train", action="store_true", help="first train a larger model, into --checkpoint, on --text "
@@ -138,7 +139,7 @@ class Study:
         self.margins: dict[Setting, Tensor] = {}
         self.curves: dict[Setting, list[Losses]] = {}
         self.about: Row = {
-            "model": f"{config.model_type}, {'byte-level' if is_byte_level else 'with a tokenizer'}",
+            "model": f"{options.label or config.model_type}, {'byte-level' if is_byte_level else 'with a tokenizer'}",
             "parameters": self.model.num_parameters(), "layers": self.shape[0], "heads": self.shape[1],
             "context": context, "windows": options.windows, "bytes": int(self.held_out.bytes.sum()),
             "calibration_windows": options.calibration_windows,

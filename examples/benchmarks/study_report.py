@@ -45,8 +45,8 @@ def block(row: Row) -> str:
 
 
 def in_use(rows: Rows) -> Row:
-    """The first setting of a phase: its order and block are those that all else is compared with."""
-    return next(row for row in rows if row["allocation"] == "uniform")
+    """The first row of a phase: its order and block are those that all else is compared with."""
+    return rows[0]
 
 
 def heading(rows: Rows) -> list[str]:
@@ -102,6 +102,8 @@ def _of(rows: Rows, *allocations: str) -> Rows:
 
 
 def table(head: list[str], body: dict[str, list[str]]) -> list[str]:
+    if not body:
+        return ["Not measured.", ""]
     lines = [f"| {' | '.join(['', *head])} |", f"|---|{'---|' * len(head)}"]
     return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in body.items()), ""]
 
