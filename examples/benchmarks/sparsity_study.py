@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="of held-out text (32; with CUDA 16)")
     parser.add_argument("--calibration-windows", type=int, help="of training text (16; with CUDA 8)")
     parser.add_argument("--orders", nargs="+", choices=VISIT_ORDERS, default=VISIT_ORDERS)
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--blocks", nargs="+", help="such as 16x16, the most important first")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of blocks to drop")
     parser.add_argument("--thresholds", nargs="*", type=float, default=THRESHOLDS, help="λ to measure as they are")
@@ -155,7 +156,7 @@ class Study:
         self.curves = {setting: [self.dense] for setting in settings}
         for setting in settings:
             yield from self.counted(setting)
-        for phase in PHASES:
+        for phase in self.options.phases:
             yield from self.through_the_op(next(setting for setting in settings if setting.phase == phase))
         for setting, name in plan:
             columns: Row = {**setting._asdict(), "allocation": name}
@@ -176,7 +177,7 @@ class Study:
         entries = [
             (priority(name, order == orders[0], block == blocks[phase][0]), Setting(order, phase, *block), name)
             for name in ("uniform", "fixed", *self.options.allocations)
-            for phase in PHASES
+            for phase in self.options.phases
             for order in orders
             for block in blocks[phase]
         ]

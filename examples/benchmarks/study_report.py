@@ -66,13 +66,13 @@ def heading(rows: Rows) -> list[str]:
         "(95 %) are from a bootstrap over the held-out windows.",
         "",
     ]
-    for op, study in zip(_of(rows, "op"), _of(rows, "study"), strict=True):
-        lines.append(
-            f"- Check, {op['phase']}, λ {op['threshold']:g}, first window: {op['share']:.4f} dropped and "
-            f"{op['bits_per_byte']:.5f} bits per token through the op, {study['share']:.4f} and "
-            f"{study['bits_per_byte']:.5f} through the study's attention."
-        )
-    return [*lines, ""]
+    checks = [
+        f"- Check, {op['phase']}, {block(op)}, λ {op['threshold']:g}, first window: {op['share']:.4f} dropped and "
+        f"{op['bits_per_byte']:.5g} bits per token through the op, {study['share']:.4f} and "
+        f"{study['bits_per_byte']:.5g} through the study's attention."
+        for op, study in zip(_of(rows, "op"), _of(rows, "study"), strict=True)
+    ]
+    return [*lines, *dict.fromkeys(checks), ""]
 
 
 def tables(rows: Rows) -> list[str]:
