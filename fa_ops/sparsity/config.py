@@ -22,8 +22,8 @@ PHASES = ("prefill", "decode")
 BACKENDS = ("pytorch", "triton")
 
 # λ of the presets, which no calibration has adapted to a model: of 0.3, 0.1, 0.03, ... the largest that added no more
-# than 0.1 % to the loss of a model of 135 million parameters at 1,024 tokens with the default block, which is .26 and .25
-# of the blocks dropped (examples/benchmarks/results/sparsity-study-smollm2.md). Smaller blocks and longer texts drop
+# than 0.1 % to the loss of a model of 135 million parameters at 1,024 tokens with the default block: .26 and .25 of the
+# blocks were dropped (examples/benchmarks/results/sparsity-study-smollm2.md). Smaller blocks and longer texts drop
 # more. Decoding needs a smaller λ: a single row drops blocks that another row of a block of queries would keep.
 DEFAULT_THRESHOLDS = {"prefill": 0.1, "decode": 0.003}
 # Dense towards 1, where what is left of a sequence's blocks is decided.
