@@ -10,7 +10,10 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-MODULES = ("cases", "timing", "peers", "memory", "environment", "report", "plot", "run", "tune_portable")
+MODULES = (
+    "cases", "timing", "peers", "memory", "environment", "report", "plot", "run", "tune_portable",
+    "structured", "sparsity",
+)  # fmt: skip
 CPU_IMPLS = ("fa_ops", "sdpa_sum", "sdpa_loop", "sdpa_padded")
 
 
@@ -220,6 +223,87 @@ def test_tuning_tries_fewer_tiles_where_heads_are_wider(bench, kernel):
     shared_memory = importlib.import_module("fa_ops.kernels.configs").SHARED_MEMORY["sm_90"]
     counts = [len(bench.tune_portable.candidates(kernel, head_dim, shared_memory)) for head_dim in (64, 128, 256)]
     assert counts[0] > counts[1] > counts[2] > 0
+
+
+class TestSparsity:
+    """examples/benchmarks/sparsity.py, on a tiny case."""
+
+    BLOCK = (16, 16)
+
+    @pytest.fixture
+    def case(self, bench):
+        return bench.cases.Case("tiny", "float32", 4, 2, 32, (200, 300), True, ("fa_ops", "sdpa_sum"))
+
+    def test_structured_heads_drop_different_shares(self, bench, case):
+        data = bench.structured.structured_data(case, "cpu")
+        _, counts = bench.sparsity.skip_attention(
+            case, data, self.BLOCK, torch.tensor(0.1), data.q, data.k, data.v, return_skip_counts=True
+        )
+        shares = counts[1].sum(0) / counts[0].sum(0)
+        assert 0.05 < shares.min() < shares.max() - 0.05 < 0.9
+        plain = bench.peers.make_data(case, "cpu")
+        assert torch.equal(plain.v, data.v)
+        assert bench.sparsity.dropped_share(case, plain, self.BLOCK, 0.1) < 0.01
+
+    def test_structured_scores_favour_near_keys_and_sinks(self, bench):
+        length = 2048
+        case = bench.cases.Case("long", "float32", 4, 2, 32, (length,), True, ("fa_ops",))
+        data = bench.structured.structured_data(case, "cpu")
+        scores = torch.einsum("qhd,khd->qk", data.q, data.k.repeat_interleave(2, 1))
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        sinks = bench.structured.NUM_SINKS
+        far = scores[distance > length // 2][sinks:]
+        assert scores[distance == 0][sinks:].mean() > far.mean() + 2 * far.std()
+        assert scores[length // 2 :, :sinks].mean() > far.mean() + 2 * far.std()
+
+    @pytest.mark.parametrize("wanted", [0.0, 0.3, 0.5])
+    def test_a_threshold_is_found_for_a_share(self, bench, case, wanted):
+        data = bench.structured.structured_data(case, "cpu")
+        threshold, share = bench.sparsity.find_threshold(case, data, self.BLOCK, wanted)
+        assert share == bench.sparsity.dropped_share(case, data, self.BLOCK, threshold)
+        assert abs(share - wanted) < 0.01
+
+    def test_break_even_is_interpolated(self, bench):
+        assert bench.sparsity.break_even([(0.0, 0.9), (0.3, 1.1), (0.5, 1.2)]) == pytest.approx(0.15)
+        assert bench.sparsity.break_even([(0.0, 1.0), (0.3, 1.1)]) == 0.0
+        assert bench.sparsity.break_even([(0.0, 0.8), (0.3, 0.9)]) is None
+        assert bench.sparsity.break_even([]) is None
+
+    def run(self, bench, case, tmp_path, monkeypatch, *arguments):
+        monkeypatch.setattr(bench.sparsity, "cases", lambda device: [case])
+        monkeypatch.setenv("FA_OPS_COMMIT", "abc123")
+        status = bench.sparsity.main(["--device", "cpu", "--block", "16", "16", "--output", str(tmp_path), *arguments])
+        with (tmp_path / "sparsity-cpu.csv").open() as file:
+            return status, list(csv.DictReader(file))
+
+    def test_smoke(self, bench, case, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("matplotlib")
+        status, rows = self.run(bench, case, tmp_path, monkeypatch)
+        assert status == 0
+        by_impl = {row["impl"]: row for row in rows}
+        assert float(by_impl["fa_ops, 0% dropped"]["share"]) == 0.0
+        assert float(by_impl["fa_ops, 0% dropped"]["difference"]) < 1e-5
+        assert float(by_impl["fa_ops, 50% dropped"]["difference"]) > 1e-5
+        for row in rows:
+            assert (row["commit"], row["br"], row["bc"]) == ("abc123", "16", "16")
+            assert row["skipped"] or float(row["speed_over_dense"]) > 0
+            if row["wanted"] and not row["skipped"]:
+                assert abs(float(row["share"]) - float(row["wanted"])) < 0.02
+        assert "when nothing is dropped" in capsys.readouterr().out
+        assert (tmp_path / "sparsity-cpu.png").stat().st_size > 10_000
+
+    def test_a_threshold_that_should_drop_nothing_but_does_fails(self, bench, case, tmp_path, monkeypatch):
+        monkeypatch.setattr(bench.sparsity, "NOTHING", 0.3)
+        monkeypatch.setattr(bench.sparsity, "SHARES", ())
+        status, rows = self.run(bench, case, tmp_path, monkeypatch)
+        assert status == 1
+        assert any(row["error"].startswith("λ 0.3 dropped a share of ") for row in rows)
+
+    def test_the_time_limit_is_reported(self, bench, case, tmp_path, monkeypatch, capsys):
+        status, rows = self.run(bench, case, tmp_path, monkeypatch, "--time-limit", "-1")
+        assert (status, len(rows)) == (0, 1)
+        assert rows[0]["skipped"] == "not run: the time limit of -1 s had passed"
+        assert "no plot" in capsys.readouterr().err
 
 
 class TestModels:
