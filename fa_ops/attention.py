@@ -36,6 +36,7 @@ def attention(
     skip_softmax_block: tuple[int, int] = (64, 128),
     return_lse: bool = False,
     return_skip_counts: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over a batch of sequences of different lengths: softmax(softmax_scale * Q K^T) V for each.
 
@@ -80,6 +81,12 @@ def attention(
             last to the second. For one query the maximum starts anew, from the first block, in every 2048 keys.
         return_lse: also return lse.
         return_skip_counts: also return the numbers of blocks, (2, B, Hq) int64: visited, and dropped of these.
+        block_table: (B, max_pages) int32 or int64, the pages of each sequence in their order, which makes k and v a
+            paged cache, (pages, page size, Hkv, D) and (pages, page size, Hkv, Dv), of any page size and strides: key n
+            of sequence b is row ``n % page_size`` of page ``block_table[b, n // page_size]``. ``b_seq_len_k`` is
+            required then, ``b_start_loc_k`` and ``key_mask`` are refused, and there are no gradients. Sequences may
+            share pages. Entries behind the last key are not read, page numbers are clamped to those of pages, lengths
+            to ``max_pages * page_size``.
 
     Returns:
         out, like q with head dimension Dv, contiguous; rows that belong to no sequence or see no key are 0. Or a tuple
@@ -96,13 +103,36 @@ def attention(
     Raises:
         ValueError: a shape, stride, device or value that is not accepted.
         TypeError: a dtype that is not accepted.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, and a gradient through a paged cache.
     """
-    return _attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale, b_start_loc_k, b_seq_len_k,
-        max_input_len_k, None, window_size, softcap, sinks, key_mask, deterministic, skip_softmax_threshold,
-        skip_softmax_block, return_lse, return_skip_counts,
+    checks.check_types(
+        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
+        {
+            "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
+            "block_table": block_table,
+        },
+        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
+        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
+        is_causal, softmax_scale, deterministic,
     )  # fmt: skip
+    threshold = _threshold_tensor(skip_softmax_threshold, q)
+    if return_skip_counts and threshold is None:
+        raise ValueError(
+            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
+            "threshold or False"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
+        checks.check_no_backward(block_table)
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
+        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+        b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask,
+        block_table, deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
+    )  # fmt: skip
+    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
+    return out if len(results) == 1 else tuple(results)
 
 
 def varlen_attn(
@@ -140,10 +170,8 @@ def varlen_attn(
         enable_gqa: accept fewer heads of keys and values than of queries.
         seqused_k: (B,) int32 or int64, keys of each sequence, counted from its begin in ``cu_seq_k``; all if None. A
             paged cache needs it.
-        block_table: (B, max_pages) int32 or int64, the pages of each sequence in their order, which makes key and value
-            a paged cache: key n of sequence b is row ``n % page_size`` of page ``block_table[b, n // page_size]``.
-            Sequences may share pages. Entries behind the last key are not read, page numbers are clamped to those of
-            pages, and lengths to ``max_pages * page_size``. A paged cache has no gradients.
+        block_table: (B, max_pages) int32 or int64, the pages of each sequence, which makes key and value a paged cache,
+            see `attention`.
         num_splits: a sequence's result never depends on its neighbours, whatever is given here.
 
     Returns:
@@ -161,10 +189,10 @@ def varlen_attn(
     _check_cache(cu_seq_k, seqused_k, block_table)
     b_start_loc, b_seq_len = varlen.from_cu_seqlens(cu_seq_q)
     b_start_loc_k, b_seq_len_k = (None, None) if cu_seq_k is None else varlen.from_cu_seqlens(cu_seq_k)
-    return _attention(
+    return attention(
         query, key, value, b_start_loc, b_seq_len, max_q, False, scale,
-        b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k, block_table,
-        window_size, return_lse=return_aux is not None and return_aux.lse,
+        b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k,
+        window_size=window_size, return_lse=return_aux is not None and return_aux.lse, block_table=block_table,
     )  # fmt: skip
 
 
@@ -178,60 +206,6 @@ def _check_cache(cu_seq_k: Tensor | None, seqused_k: Tensor | None, block_table:
         )
     if block_table is not None and seqused_k is None:
         raise ValueError("seqused_k: None given with block_table; a paged cache needs the keys of each sequence, (B,)")
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    b_start_loc: Tensor,
-    b_seq_len: Tensor,
-    max_input_len: int | None,
-    is_causal: bool,
-    softmax_scale: float | None,
-    b_start_loc_k: Tensor | None,
-    b_seq_len_k: Tensor | None,
-    max_input_len_k: int | None,
-    block_table: Tensor | None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    deterministic: bool | None = None,
-    skip_softmax_threshold: Tensor | float | None = None,
-    skip_softmax_block: tuple[int, int] = (64, 128),
-    return_lse: bool = False,
-    return_skip_counts: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """`attention`, whose k and v are a paged cache where there is a block_table."""
-    checks.check_types(
-        {"q": q, "k": k, "v": v, "b_start_loc": b_start_loc, "b_seq_len": b_seq_len},
-        {
-            "b_start_loc_k": b_start_loc_k, "b_seq_len_k": b_seq_len_k, "sinks": sinks, "key_mask": key_mask,
-            "block_table": block_table,
-        },
-        {"max_input_len": max_input_len, "max_input_len_k": max_input_len_k},
-        {"window_size": window_size, "skip_softmax_block": skip_softmax_block},
-        is_causal, softmax_scale, deterministic,
-    )  # fmt: skip
-    threshold = _threshold_tensor(skip_softmax_threshold, q)
-    if return_skip_counts and threshold is None:
-        raise ValueError(
-            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
-            "threshold or False"
-        )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
-        checks.check_no_backward(block_table)
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode(q, k, v)
-    q, k, v = _autocast(q, k, v)
-    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
-        b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask,
-        block_table, deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
-    )  # fmt: skip
-    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
-    return out if len(results) == 1 else tuple(results)
 
 
 def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | None:
@@ -248,7 +222,7 @@ def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | N
     if threshold >= 1.0:
         warnings.warn(
             f"skip_softmax_threshold: {threshold} given; from 1 on nothing is dropped: this is dense attention",
-            stacklevel=4,
+            stacklevel=3,
         )
         return None
     return torch.full((), threshold, dtype=torch.float32, device=q.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fa_ops.attention import _attention
+import fa_ops
 from tests.support.cases import Inputs
 from tests.support.memory import Canaries
 from tests.support.problems import op_arguments, small_case
@@ -51,9 +51,9 @@ def paged(page_size: int, is_head_major: bool = False) -> Callable:
         k, v, block_table = to_pages(canaries, k, v, start, length, page_size, length.dtype)
         if is_head_major:  # (pages, Hkv, page size, D) in memory
             k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
-        results = _attention(
+        results = fa_ops.attention(
             q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale, None, length, max_input_len_k,
-            block_table, **options,
+            block_table=block_table, **options,
         )  # fmt: skip
         canaries.check()
         return results
