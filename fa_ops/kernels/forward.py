@@ -30,7 +30,7 @@ from fa_ops.kernels.primitives import (
     tanh,
     wrap_rows,
 )
-from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, visit
+from fa_ops.kernels.skip import decide, load_log_threshold, mark_kept, visit, visited_range
 
 
 @triton.jit
@@ -85,19 +85,6 @@ def _mask(
 
 
 @triton.jit
-def _sees_block(
-    offs_m, n0, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Whether a row of the tile sees a key of the block from n0 on, with holes in its keys."""
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    is_key = tl.load(key_mask_ptr + (start_k + offs_n) * stride_ms, mask=offs_n < len_k, other=0) != 0
-    visible = is_visible(offs_m[:, None], offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    visible = visible & is_key[None, :] & (offs_m < len_q)[:, None]
-    return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
-
-
-@triton.jit
 def _attend_sparsely(
     acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
     bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms,
@@ -106,20 +93,10 @@ def _attend_sparsely(
     HAS_KEY_MASK: tl.constexpr, VISIT_ORDER: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
-    if HAS_KEY_MASK:
-        # the first and the last of the visited blocks have a part in some orders
-        while (begin < end) & (not _sees_block(
-            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            begin += BLOCK_N
-        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-        while (last > begin) & (not _sees_block(
-            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            last -= BLOCK_N
-        end = tl.minimum(end, last + BLOCK_N)
+    begin, end = visited_range(
+        offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+        BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
+    )  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     m_first = m_i
     m_before = m_i
@@ -146,18 +123,13 @@ def _attend_sparsely(
                 HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
             )  # fmt: skip
         s_max = tl.max(s, 1)
-        has_vote = (s_max != float("-inf")) & (offs_m < len_q)
-        if (len_q == 1) & (n0 // DECODE_SEGMENT != segment):
-            m_before = m_first
-            segment = n0 // DECODE_SEGMENT
-        is_dropped = (s_max - m_before) * scale < log_threshold
-        is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
-        is_kept = tl.max((has_vote & (is_dropped == 0)).to(tl.int32), 0) != 0
-        m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
-        if num_visited == 0:
-            m_first = m_before
+        margin, is_visited, m_before, m_first, segment = decide(
+            s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited
+        )
+        is_dropped = is_visited & (margin < log_threshold)
+        is_kept = is_visited & (is_dropped == 0)
         num_visited += is_visited.to(tl.int32)
-        num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
+        num_dropped += is_dropped.to(tl.int32)
         if is_kept:
             v = load_rows(
                 v_ptr + key * stride_vt, stride_vt, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV, True

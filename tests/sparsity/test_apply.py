@@ -171,7 +171,7 @@ def test_a_sparse_context_ends_with_its_exception():
     ],
 )
 def test_counting_agrees_with_the_reference(len_q, len_k, block, options, order, monkeypatch):
-    monkeypatch.setattr("fa_ops.sparsity.counting.SCORES_AT_ONCE", 1 << 12)
+    monkeypatch.setattr("fa_ops.cpu_skip.PLAIN_BLOCK_ELEMENTS", 1 << 12)
     q, k = torch.randn(2, len_q, 4, 16) * 3, torch.randn(2, len_k, 2, 16)
     ranges = {
         "b_start_loc": torch.tensor([0, 0]),
@@ -182,11 +182,12 @@ def test_counting_agrees_with_the_reference(len_q, len_k, block, options, order,
     key_mask = torch.rand(2, len_k) < 0.9
     trials = (0.01, 0.1, 0.5)
     counts = count_dropped(q, k, trials, block, **ranges, key_mask=key_mask, order=order, **options)
+    visited, dropped = counts.by_sequence()
     for number, trial in enumerate(trials):
         blocks = skip_softmax_blocks(
             q, k, **ranges, key_mask=key_mask, order=order, skip_softmax_threshold=trial, skip_softmax_block=block,
             **options,
         )  # fmt: skip
-        assert counts.visited.tolist() == [b.visited.sum((1, 2)).tolist() for b in blocks]
-        assert counts.dropped[number].tolist() == [b.dropped.sum((1, 2)).tolist() for b in blocks]
-    assert 0 < counts.dropped[-1].sum() < counts.visited.sum()
+        assert visited.tolist() == [b.visited.sum((1, 2)).tolist() for b in blocks]
+        assert dropped[number].tolist() == [b.dropped.sum((1, 2)).tolist() for b in blocks]
+    assert 0 < dropped[-1].sum() < visited.sum()
