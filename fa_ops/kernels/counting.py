@@ -1,8 +1,8 @@
 """Counts for skip-softmax's calibration: what each of many thresholds would drop of dense attention.
 
-Dropping never changes the running maximum, so one pass over the scores, without exponentials or values, tells the margin
-of every block (skip.py). A program takes one query tile of one head and puts its blocks into a histogram over the
-ascending thresholds: at place i those that the first i thresholds keep and the others would drop.
+Dropping never changes the running maximum, so one pass over the scores, without exponentials or values, tells the
+margin of every block (skip.py). A program takes one query tile of one head and puts its blocks into a histogram over
+the ascending thresholds: at place i those that the first i thresholds keep and the others would drop.
 """
 
 import triton
