@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES, CalibrationConfig
-from fa_ops.sparsity.counting import BlockCounts, single_row
+from fa_ops.sparsity.counting import BlockCounts, single_rows
 from fa_ops.sparsity.curves import Calibrated, RowMeans, ShareCurve, share_curve
 from fa_ops.sparsity.methods.base import DECODE, PREFILL, SparseAttentionMethod
 from fa_ops.sparsity.texts import Texts, lengths_of, progress, run_window, token_windows, vocab_size_of
@@ -27,7 +27,8 @@ LEAST_POINTS = 3
 LEAST_SHARE, MOST_SHARE = 0.1, 0.9
 LARGEST_ERROR, NOTABLE_ERROR = 0.1, 0.03
 CHECKED_EVERY = 4
-SHOWN_LENGTHS = (0.25, 0.5, 1.0)  # of the longest counted
+SHOWN_LENGTHS = (0.5, 1.0)  # of the longest counted
+STRETCHES = 16  # of a call, each with num_decode_tokens rows that decoding is counted at
 GOLDEN = 0.6180339887  # its multiples spread evenly within 1, however many there are
 
 
@@ -84,11 +85,13 @@ class CountRecorder:
             return
         self.causal.add(is_causal)
         self._num_calls += 1
-        for number in range(self.num_decode_rows if is_causal else 0):
-            part = (number + self._num_calls * GOLDEN % 1) / self.num_decode_rows
-            row, its_arguments, behind = single_row(q, arguments, part)
-            counts = method.calculate_sparsity(row, k, self.trials, its_arguments)
-            self._add(DECODE, counts, visible_keys - behind, is_causal)
+        if is_causal and self.num_decode_rows:
+            shift = self._num_calls * GOLDEN % 1
+            parts = (torch.arange(self.num_decode_rows) + shift) / self.num_decode_rows
+            hidden = arguments["b_seq_len" if arguments.get("b_seq_len_k") is None else "b_seq_len_k"] - visible_keys
+            for rows, its_k, its_arguments, sequence in single_rows(q, k, arguments, parts):
+                counts = method.calculate_sparsity(rows, its_k, self.trials, its_arguments)
+                self._add(DECODE, counts, its_arguments["b_seq_len_k"] - hidden[sequence], is_causal)
 
     def _add(self, phase: int, counts: BlockCounts, visible_keys: Tensor, is_causal: bool) -> None:
         keys = F.pad(visible_keys.long(), (0, 1))[counts.sequence] - (counts.rows_behind if is_causal else 0)
@@ -124,7 +127,8 @@ def run_calibration(
         raise CalibrationError("calibration: all modules are disabled; enable some")
     targets = {phase: target for phase, target in config.target_sparse_ratio.items() if target > 0}
     unit = max(method.config.br for method in methods)
-    recorder = CountRecorder(config.threshold_trials, unit, config.num_decode_tokens if "decode" in targets else 0)
+    num_decode_rows = STRETCHES * config.num_decode_tokens if "decode" in targets else 0
+    recorder = CountRecorder(config.threshold_trials, unit, num_decode_rows)
     with _recording(model, methods, recorder):
         if callable(forward_loop):
             forward_loop(model)

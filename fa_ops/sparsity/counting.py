@@ -5,7 +5,7 @@ largest m(i, c) - M(i) of its rows. It is dropped at λ where the margin is less
 of CUDA tensors, `fa_ops.cpu_skip` those of CPU tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -103,27 +103,39 @@ def _tiles(q: Tensor, b_start_loc: Tensor, b_seq_len: Tensor, br: int) -> tuple[
     return sequence, (length - (index + 1) * br).clamp(min=0)
 
 
-def single_row(q: Tensor, arguments: Mapping[str, Any], part: float) -> tuple[Tensor, dict[str, Any], Tensor]:
-    """Of each sequence of a causal call the row at this part of it, in [0, 1), as a decoding step would have it.
+def single_rows(
+    q: Tensor, k: Tensor, arguments: Mapping[str, Any], parts: Tensor
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], Tensor]]:
+    """Rows of the sequences of a causal call as decoding steps would have them: each a packed sequence by itself.
+
+    Args:
+        q, k, arguments: of the call.
+        parts: (n,), which rows: those at these parts of each sequence, in [0, 1).
 
     Returns:
-        q of one row for each sequence, the call's other arguments for it, and the number of keys (B,) that are left out
-        behind it.
+        Calls like the given one, (q, k, arguments, sequence): sequence (rows,) is each row's in the given call, and the
+        last of a row's keys is the row's own.
     """
     start, length = arguments["b_start_loc"].long(), arguments["b_seq_len"].long()
-    position = (length * part).long()
-    row = (start + position).clamp(0, max(q.shape[-3] - 1, 0))
-    sequence = torch.arange(len(length), device=q.device)
-    behind = (length - 1 - position).clamp(min=0)
     start_k, length_k = arguments.get("b_start_loc_k"), arguments.get("b_seq_len_k")
-    start_k, length_k = (start, length) if start_k is None or length_k is None else (start_k, length_k)
-    changed = {
-        "b_start_loc": torch.zeros_like(length) if q.dim() == 4 else sequence,
-        "b_seq_len": length.clamp(0, 1),
-        "b_start_loc_k": start_k,
-        "b_seq_len_k": (length_k - behind).clamp(min=0),
-    }
-    return q[sequence, row][:, None] if q.dim() == 4 else q[row], {**arguments, **changed}, behind
+    start_k, length_k = (start, length) if start_k is None or length_k is None else (start_k.long(), length_k.long())
+    position = (length[:, None] * parts.to(q.device)).long()
+    row = (start[:, None] + position).clamp(0, max(q.shape[-3] - 1, 0))
+    keys = (length_k[:, None] - (length[:, None] - 1 - position).clamp(min=0)).clamp(min=0)
+    sequence = torch.arange(len(length), device=q.device)[:, None].expand_as(position)
+    for batch in [None] if q.dim() == 3 else range(len(q)):
+        own_q, own_k = (q, k) if batch is None else (q[batch], k[batch])
+        of_batch = slice(None) if batch is None else slice(batch, batch + 1)
+        own = sequence[of_batch].flatten()
+        changed = {
+            "b_start_loc": torch.arange(len(own), device=q.device),
+            "b_seq_len": length[own].clamp(0, 1),
+            "b_start_loc_k": start_k[own],
+            "b_seq_len_k": keys[of_batch].flatten(),
+        }
+        if arguments.get("key_mask") is not None:
+            changed["key_mask"] = arguments["key_mask"][of_batch].expand(len(own), -1)
+        yield own_q[row[of_batch].flatten()], own_k, {**arguments, **changed}, own
 
 
 def block_margins(

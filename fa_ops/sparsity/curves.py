@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Lengths at which the share is written down, as multiples of the longest one counted; between them log λ is a line of
 # the logarithm of the length.
-LENGTHS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0, 4 / 3, 2.0, 4.0, 16.0)
+LENGTHS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0, 5 / 4, 3 / 2, 2.0, 3.0, 4.0, 8.0, 16.0)
 MOST_KNOTS = len(LENGTHS)
 LEAST_ROWS = 8  # lengths of query blocks that a fit to r needs
 FITTED_FROM = 1 / 8  # of the longest
@@ -181,6 +181,6 @@ def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None) ->
     return ShareCurve(
         trials,
         tuple(lengths.tolist()),
-        tuple(tuple(round(share, 6) for share in row) for row in shares.tolist()),
+        tuple(tuple(round(share, 5) for share in row) for row in shares.tolist()),
         longest,
     )

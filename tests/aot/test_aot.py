@@ -83,6 +83,16 @@ def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
     assert MATRIX_INSTRUCTION[arch] in report.ptx or arch in ("sm_90", "sm_100")  # theirs take 64 rows at the least
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_counting_fits(arch: str):
+    """The default blocks, and every feature at the largest head."""
+    plain = compile_kernel("counting", arch, select_tile("forward", arch, 128, 128, False, (64, 128)), "bf16", 128)
+    assert plain.spilled == 0
+    assert MATRIX_INSTRUCTION[arch] in plain.ptx
+    widest = select_tile("forward", arch, 256, 256, False, (64, 128))
+    assert compile_kernel("counting", arch, widest, "bf16", 256, **ALL_FEATURES).shared <= SHARED_MEMORY[arch]
+
+
 def test_table_has_no_other_rows():
     assert set(TILES) == {(kernel, is_float32) for kernel in KERNELS for is_float32 in (False, True)}
     for rows in TILES.values():

@@ -130,8 +130,8 @@ def test_thresholds_of_heads_and_of_modules():
 def test_buffers_keep_their_dtype():
     model = mtsa.sparsify(sharp_model(), config_of()).to(torch.bfloat16)
     method = model.model.layers[0].self_attn.sparse_attention
-    assert method.scale.dtype == torch.float32
-    assert float(method.scale[0, 0]) == pytest.approx(0.3, rel=1e-7)
+    assert method.fixed.dtype == torch.float32
+    assert float(method.fixed[0, 0]) == pytest.approx(0.3, rel=1e-7)
 
 
 def test_a_copy_is_a_model_of_its_own():

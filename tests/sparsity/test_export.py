@@ -15,7 +15,10 @@ from tests.sparsity.models import config_of, logits, sharp_model, tokens
 A, B, TARGET = 2.0, 3.0, 0.4
 FACTORS = {"a": A, "b": B}
 CURVE = ShareCurve(
-    (0.01, 0.1, 0.3, 0.9), (64.0, 128.0, 256.0), ((0.1, 0.2, 0.3, 0.4), (0.1, 0.3, 0.5, 0.6), (0.2, 0.4, 0.6, 0.8)), 256.0
+    (0.01, 0.1, 0.3, 0.9),
+    (64.0, 128.0, 256.0),
+    ((0.1, 0.2, 0.3, 0.4), (0.1, 0.3, 0.5, 0.6), (0.2, 0.4, 0.6, 0.8)),
+    256.0,
 )
 FORMULA = "a * exp(b * target_sparsity)"
 
@@ -24,9 +27,7 @@ def calibrated_model(**fields):
     """As a calibration would leave it."""
     model = mtsa.sparsify(sharp_model(), config_of(**fields))
     for method in sparse_methods(model).values():
-        method.set_calibrated(
-            {"prefill": Calibrated.of(CURVE, TARGET), "decode": Calibrated.of(CURVE, 0.5)}
-        )
+        method.set_calibrated({"prefill": Calibrated.of(CURVE, TARGET), "decode": Calibrated.of(CURVE, 0.5)})
     mtsa.enable_sparse_attention(model)  # writes the configuration
     return model
 
