@@ -261,13 +261,13 @@ def block_margins(
     return visited, margins.masked_fill(is_first[:, 0], float("inf"))
 
 
-def margin_histogram_cpu(
+def count_kept_cpu(
     q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor, key_mask: Tensor | None,
     trials: Tensor, scale: float, softcap: float, left: int, right: int, br: int, bc: int,
-    histogram: Tensor, order: str = VISIT_ORDER,
+    kept: Tensor, order: str = VISIT_ORDER,
 ) -> None:  # fmt: skip
-    """Adds to `histogram` (Hq, tiles, trials + 1), at place i, the visited blocks that the first i of the ascending
-    `trials` keep and the others would drop; tiles are those of block_bits."""
+    """Fills `kept` (Hq, tiles, trials + 1) int32 where a tile, as block_bits has them, is a sequence's: the blocks of
+    dense attention that each of the ascending `trials` keeps, and all visited."""
     log_trials = trials.log()
     rule = Rule(scale, softcap, left, right, br, bc)
     queries = head_major(q)
@@ -275,8 +275,11 @@ def margin_histogram_cpu(
         batch, rows = own.queries
         for piece in _pieces(own, queries[batch, :, rows], rule):
             visited, margins, _ = _margins(piece, own.num_rows == 1, rule, order)
-            place = torch.bucketize(margins, log_trials, right=True)
-            histogram[:, piece.tiles].scatter_add_(-1, place, visited.to(histogram.dtype).expand_as(place))
+            number_keeping = torch.bucketize(margins, log_trials, right=True)
+            histogram = torch.zeros_like(kept[:, piece.tiles])
+            histogram.scatter_add_(-1, number_keeping, visited.int().expand_as(number_keeping))
+            total = histogram.sum(-1, keepdim=True, dtype=torch.int32)
+            kept[:, piece.tiles] = torch.cat([total - histogram[..., :-1].cumsum(-1, dtype=torch.int32), total], -1)
 
 
 def _running_maximum(t: Tensor, offset: int, segment: int, is_back: bool) -> Tensor:

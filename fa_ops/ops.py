@@ -25,7 +25,7 @@ except ImportError:
 else:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
     from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
-    from fa_ops.kernels.counting import margin_histogram_kernel
+    from fa_ops.kernels.counting import count_kept_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
 
     HAS_TRITON = True
@@ -217,12 +217,12 @@ def _varlen_attention_backward(
     return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
 
-def margin_histogram(
+def count_kept(
     q: Tensor, k: Tensor, b_start_loc: Tensor, b_seq_len: Tensor, b_start_loc_k: Tensor, b_seq_len_k: Tensor,
     key_mask: Tensor | None, trials: Tensor, scale: float, softcap: float, left: int, right: int, br: int, bc: int,
-    histogram: Tensor, order: str = VISIT_ORDER,
+    kept: Tensor, order: str = VISIT_ORDER,
 ) -> None:  # fmt: skip
-    """`fa_ops.cpu_skip.margin_histogram_cpu` by a kernel; the histogram of a tile is replaced, not added to."""
+    """`fa_ops.cpu_skip.count_kept_cpu` by a kernel."""
     _require_triton(q)
     num_seqs, rows_q, rows_k, num_trials = b_seq_len.shape[0], q.shape[-3], k.shape[-3], trials.shape[0]
     if num_seqs * rows_q == 0:
@@ -232,11 +232,11 @@ def margin_histogram(
     )
     tile, is_packed = _tile("forward", q, k, (br, bc)), q.dim() == 3
     with _device_of(q):
-        margin_histogram_kernel[_grid(num_seqs, rows_q, br, q.shape[-2], is_packed)](
-            q, k, trials, histogram, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+        count_kept_kernel[_grid(num_seqs, rows_q, br, q.shape[-2], is_packed)](
+            q, k, trials, kept, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
             b_seq_len if key_mask is None else key_mask,
             scale, softcap, left, right, num_seqs, rows_q, rows_k, num_trials,
-            *_strides(q), *_strides(k), *_mask_strides(key_mask), *_leading_strides(histogram),
+            *_strides(q), *_strides(k), *_mask_strides(key_mask), *_leading_strides(kept),
             GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], BLOCK_D=block_dim(q.shape[-1]),
             BLOCK_M=br, BLOCK_N=bc, BLOCK_TRIALS=1 << num_trials.bit_length(),
             HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0,

@@ -1,8 +1,8 @@
 """Counts for skip-softmax's calibration: what each of many thresholds would drop of dense attention.
 
 Dropping never changes the running maximum, so one pass over the scores, without exponentials or values, tells the
-margin of every block (skip.py). A program takes one query tile of one head and puts its blocks into a histogram over
-the ascending thresholds: at place i those that the first i thresholds keep and the others would drop.
+margins of every block (skip.py). A program takes one query tile of one head and counts the blocks that each threshold
+keeps.
 """
 
 import triton
@@ -20,22 +20,22 @@ from fa_ops.kernels.primitives import (
     scan_lengths,
     score_scales,
 )
-from fa_ops.kernels.skip import decide, load_log_threshold, visit, visited_range
+from fa_ops.kernels.skip import load_log_threshold, row_margins, visit, visited_range
 
 
-@triton.jit(do_not_specialize=(*COUNTS, "num_trials", "stride_hh", "stride_ht"))
-def margin_histogram_kernel(
-    q_ptr, k_ptr, trials_ptr, histogram_ptr,
+@triton.jit(do_not_specialize=(*COUNTS, "num_trials", "stride_ch", "stride_ct"))
+def count_kept_kernel(
+    q_ptr, k_ptr, trials_ptr, kept_ptr,
     b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
     softmax_scale, softcap, window_left, window_right, num_seqs, rows_q, rows_k, num_trials,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_mb, stride_ms, stride_hh, stride_ht,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_mb, stride_ms, stride_ch, stride_ct,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TRIALS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VISIT_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq), tiles as in the forward. histogram (Hq, tiles, num_trials + 1) int32: tiles of no
-    sequence are left as they are. BLOCK_TRIALS: a power of two, more than num_trials."""
+    """Grid (tiles of query rows, Hq), tiles as in the forward. kept (Hq, tiles, num_trials + 1) int32, the last of all
+    blocks visited; tiles of no sequence are left as they are. BLOCK_TRIALS: a power of two, more than num_trials."""
     tile = tl.program_id(0)
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
@@ -76,12 +76,11 @@ def margin_histogram_kernel(
     scale = tl.maximum(scale, 1e-30)
 
     offs_t = tl.arange(0, BLOCK_TRIALS)
-    is_trial = offs_t < num_trials
-    log_trials = load_log_threshold(trials_ptr + tl.where(is_trial, offs_t, 0))
-    histogram = tl.zeros([BLOCK_TRIALS], tl.int32)
+    # behind the trials -inf, which drops nothing
+    log_trials = load_log_threshold(trials_ptr + offs_t, offs_t < num_trials)
+    kept = tl.zeros([BLOCK_TRIALS], tl.int32)
     m_before = tl.full([BLOCK_M], float("-inf"), tl.float32)
     m_first = m_before
-    num_visited = 0
     segment = -1
     begin, full, full_end, end = key_range(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
@@ -102,11 +101,10 @@ def margin_histogram_kernel(
             q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
         )  # fmt: skip
-        margin, is_visited, m_before, m_first, segment = decide(
-            tl.max(s, 1), offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited
+        margins, has_vote, m_before, m_first, segment = row_margins(
+            tl.max(s, 1), offs_m, n0, len_q, scale, m_before, m_first, segment, step == 0
         )
-        num_visited += is_visited.to(tl.int32)
-        num_dropping = tl.sum((is_trial & (margin < log_trials)).to(tl.int32), 0)
-        histogram += (is_visited & (offs_t == num_trials - num_dropping)).to(tl.int32)
-    row_ptr = histogram_ptr + head * stride_hh + (tile - index + m0 // BLOCK_M).to(tl.int64) * stride_ht
-    tl.store(row_ptr + offs_t, histogram, mask=offs_t <= num_trials)
+        is_kept = has_vote[:, None] & ((margins[:, None] < log_trials[None, :]) == 0)
+        kept += tl.max(is_kept.to(tl.int32), 0)
+    row_ptr = kept_ptr + head * stride_ch + (tile - index + m0 // BLOCK_M).to(tl.int64) * stride_ct
+    tl.store(row_ptr + offs_t, kept, mask=offs_t <= num_trials)

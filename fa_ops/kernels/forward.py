@@ -30,7 +30,7 @@ from fa_ops.kernels.primitives import (
     tanh,
     wrap_rows,
 )
-from fa_ops.kernels.skip import decide, load_log_threshold, mark_kept, visit, visited_range
+from fa_ops.kernels.skip import load_log_threshold, mark_kept, row_margins, visit, visited_range
 
 
 @triton.jit
@@ -123,13 +123,13 @@ def _attend_sparsely(
                 HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
             )  # fmt: skip
         s_max = tl.max(s, 1)
-        margin, is_visited, m_before, m_first, segment = decide(
-            s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited
+        margins, has_vote, m_before, m_first, segment = row_margins(
+            s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited == 0
         )
-        is_dropped = is_visited & (margin < log_threshold)
-        is_kept = is_visited & (is_dropped == 0)
+        is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
+        is_kept = tl.max((has_vote & ((margins < log_threshold) == 0)).to(tl.int32), 0) != 0
         num_visited += is_visited.to(tl.int32)
-        num_dropped += is_dropped.to(tl.int32)
+        num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
         if is_kept:
             v = load_rows(
                 v_ptr + key * stride_vt, stride_vt, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV, True

@@ -68,28 +68,30 @@ def visited_range(
 
 
 @triton.jit
-def decide(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited):
-    """What a block's row maxima make of the running maximum, and of the block.
+def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_first):
+    """What a block's row maxima say of it, and make of the running maximum.
 
-    Returns (margin, is_visited, m_before, m_first, segment): the block, if it is visited, is dropped iff its margin is
-    less than ln(threshold); the rest is carried on to the next block.
+    Returns (margins, has_vote, m_before, m_first, segment): the block is visited if a row has a vote, and dropped if
+    the margins of all that have are less than ln(threshold). The rest is carried on to the next block.
     """
     has_vote = (s_max != float("-inf")) & (offs_m < len_q)
     if (len_q == 1) & (n0 // DECODE_SEGMENT != segment):
         m_before = m_first
         segment = n0 // DECODE_SEGMENT
-    margin = tl.max(tl.where(has_vote, (s_max - m_before) * scale, float("-inf")), 0)
-    is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
+    margins = (s_max - m_before) * scale
     m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
-    if num_visited == 0:
+    if is_first:
         m_first = m_before
-    return margin, is_visited, m_before, m_first, segment
+    return margins, has_vote, m_before, m_first, segment
 
 
 @triton.jit
-def load_log_threshold(ptr):
-    """ln of a threshold; -inf, which drops nothing, for one outside (0, 1)."""
-    threshold = tl.load(ptr)
+def load_log_threshold(ptr, mask=None):
+    """ln of a threshold; -inf, which drops nothing, for one outside (0, 1) or of the mask."""
+    if mask is None:
+        threshold = tl.load(ptr)
+    else:
+        threshold = tl.load(ptr, mask=mask, other=0.0)
     is_valid = (threshold > 0.0) & (threshold < 1.0)
     return tl.where(is_valid, tl.log(tl.where(is_valid, threshold, 0.5)), float("-inf"))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fa_ops import ops
 from fa_ops.cpu_skip import block_margins as margins_of_blocks
-from fa_ops.cpu_skip import margin_histogram_cpu
+from fa_ops.cpu_skip import count_kept_cpu
 from fa_ops_meta.skip import VISIT_ORDER
 
 
@@ -75,14 +75,14 @@ def count_dropped(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = window_size[0], 0 if is_causal else window_size[1]
     sequence, rows_behind = _tiles(q, b_start_loc, b_seq_len, block[0])
-    histogram = torch.zeros(q.shape[-2], len(sequence), len(trials) + 1, dtype=torch.int32, device=q.device)
-    count = margin_histogram_cpu if q.device.type == "cpu" and not ops.IS_INTERPRETED else ops.margin_histogram
+    kept = torch.zeros(q.shape[-2], len(sequence), len(trials) + 1, dtype=torch.int32, device=q.device)
+    count = count_kept_cpu if q.device.type == "cpu" and not ops.IS_INTERPRETED else ops.count_kept
     count(
         q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, torch.tensor(trials, device=q.device),
-        scale, softcap, left, right, *block, histogram, order,
+        scale, softcap, left, right, *block, kept, order,
     )  # fmt: skip
-    cumulative = histogram.cumsum(-1).movedim(-1, 0)
-    return BlockCounts(cumulative[-1], cumulative[:-1], sequence, rows_behind, len(b_seq_len))
+    *by_trial, visited = kept.long().unbind(-1)
+    return BlockCounts(visited, visited - torch.stack(by_trial), sequence, rows_behind, len(b_seq_len))
 
 
 def _tiles(q: Tensor, b_start_loc: Tensor, b_seq_len: Tensor, br: int) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
 """How the share that skip-softmax drops depends on λ and on the length.
 
 At one λ, whether a key block is dropped depends by and large on how far it lies from the query block, and on that less
-and less the farther it is. So the blocks that a query block of x keys drops grow towards a line,
+and less the farther it is. Taken as p - g / distance, it makes the blocks that a query block of x keys drops
 
-    r(x) = p x + c + g / sqrt(x).
+    r(x) = p x + c - g log x.
 
 A text's prefill is all its query blocks, and each is the last one of a shorter text: one length tells the share of
-every shorter one, and r, fitted to the longer ones, that of longer ones. (Of 1 / x, log x and 1 / sqrt(x) the last
-misses least when half of a length is to tell the whole, in two models.) A decoding step is a query block by itself, and
-so is every query block of attention that is not causal.
+every shorter one, and r, fitted to its longer query blocks, that of longer ones. A decoding step is a query block by
+itself, and so is every query block of attention that is not causal.
 """
 
 import math
@@ -156,7 +155,7 @@ class RowMeans(NamedTuple):
 
 
 def _terms(keys: Tensor) -> Tensor:
-    return torch.stack([torch.ones_like(keys), keys.rsqrt(), keys], 1)
+    return torch.stack([torch.ones_like(keys), keys.log(), keys], 1)
 
 
 def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None) -> ShareCurve:

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
 from fa_ops.kernels.configs import Tile, block_dim
-from fa_ops.kernels.counting import margin_histogram_kernel
+from fa_ops.kernels.counting import count_kept_kernel
 from fa_ops.kernels.forward import attention_forward_kernel
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
@@ -22,11 +22,11 @@ KERNELS = {
     "forward": attention_forward_kernel,
     "dq": attention_backward_dq_kernel,
     "dkv": attention_backward_dkv_kernel,
-    "counting": margin_histogram_kernel,
+    "counting": count_kept_kernel,
 }
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
-INDEX_TENSORS = {"block_bits_ptr": "*i32", "histogram_ptr": "*i32", "counts_ptr": "*i64", "key_mask_ptr": "*i1"}
+INDEX_TENSORS = {"block_bits_ptr": "*i32", "kept_ptr": "*i32", "counts_ptr": "*i64", "key_mask_ptr": "*i1"}
 FLOAT32_TENSORS = {"threshold_ptr", "trials_ptr", "lse_ptr", "dlse_ptr", "delta_ptr"}
 
 
