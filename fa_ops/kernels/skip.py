@@ -88,10 +88,7 @@ def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_
 @triton.jit
 def load_log_threshold(ptr, mask=None):
     """ln of a threshold; -inf, which drops nothing, for one outside (0, 1) or of the mask."""
-    if mask is None:
-        threshold = tl.load(ptr)
-    else:
-        threshold = tl.load(ptr, mask=mask, other=0.0)
+    threshold = tl.load(ptr, mask=mask, other=None if mask is None else 0.0)
     is_valid = (threshold > 0.0) & (threshold < 1.0)
     return tl.where(is_valid, tl.log(tl.where(is_valid, threshold, 0.5)), float("-inf"))
 

@@ -10,7 +10,7 @@ import fa_ops
 from fa_ops import ops
 from fa_ops.reference import skip_softmax_blocks
 from fa_ops.sparsity.counting import BlockCounts, count_dropped
-from fa_ops_meta.skip import VISIT_ORDERS
+from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 from tests.support.cases import Case, Inputs
 from tests.support.draw import Profile, draw_skip_case
 from tests.support.problems import small_case
@@ -20,12 +20,12 @@ BLOCKS = ((16, 16), (16, 32), (32, 16), (32, 32))
 PROFILE = Profile(
     dtypes=(torch.float32, torch.float16),
     head_dims=((16, 16), (32, 32), (24, 24)),
-    max_len=100,
-    max_rows_by_heads=300,
+    max_len=70,
+    max_rows_by_heads=160,
     max_seqs=3,
 )
-SEEDS = range(7000, 7060)
-QUICK = SEEDS[::12]
+SEEDS = range(7000, 7030)
+QUICK = SEEDS[::10]
 SHARES = (0.15, 0.4, 0.6, 0.85)
 
 
@@ -98,12 +98,14 @@ def test_equals_the_cpu_path_and_the_op(seed: int, monkeypatch):
     ],
 )
 def test_cases_cover(what: str, is_covered):
-    assert sum(is_covered(drawn(seed)) for seed in SEEDS) >= 5, what
+    assert sum(is_covered(drawn(seed)) for seed in SEEDS) >= 4, what
 
 
-@pytest.mark.parametrize("order", VISIT_ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=() if order == VISIT_ORDER else pytest.mark.slow) for order in VISIT_ORDERS]
+)
 def test_orders_and_segments(order: str, monkeypatch):
-    case = small_case(lens_q=(1, 1), lens_k=(2100, 70), skip_block=(16, 128), skip_share=0.5)
+    case = small_case(lens_q=(1, 1), lens_k=(2090, 70), skip_block=(16, 128), skip_share=0.5)
     inputs = case.build()
     trials = trials_of(inputs)
     assert_equal(counts_of(inputs, trials, order=order), cpu_counts(monkeypatch, inputs, trials, order=order))
