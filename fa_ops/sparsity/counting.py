@@ -106,36 +106,42 @@ def _tiles(q: Tensor, b_start_loc: Tensor, b_seq_len: Tensor, br: int) -> tuple[
 def single_rows(
     q: Tensor, k: Tensor, arguments: Mapping[str, Any], parts: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], Tensor]]:
-    """Rows of the sequences of a causal call as decoding steps would have them: each a packed sequence by itself.
+    """Rows of a causal call as decoding steps would have them: each a packed sequence by itself.
 
     Args:
         q, k, arguments: of the call.
-        parts: (n,), which rows: those at these parts of each sequence, in [0, 1).
+        parts: (n,), which rows: those at these parts, in [0, 1), of a packed call or of each padded sequence.
 
     Returns:
-        Calls like the given one, (q, k, arguments, sequence): sequence (rows,) is each row's in the given call, and the
-        last of a row's keys is the row's own.
+        Calls like the given one, (q, k, arguments, sequence): sequence (n,) is each row's in the given call, and the
+        last of a row's keys is the row's own. What is no row of a sequence has length 0.
     """
     start, length = arguments["b_start_loc"].long(), arguments["b_seq_len"].long()
     start_k, length_k = arguments.get("b_start_loc_k"), arguments.get("b_seq_len_k")
-    start_k, length_k = (start, length) if start_k is None or length_k is None else (start_k.long(), length_k.long())
-    position = (length[:, None] * parts.to(q.device)).long()
-    row = (start[:, None] + position).clamp(0, max(q.shape[-3] - 1, 0))
-    keys = (length_k[:, None] - (length[:, None] - 1 - position).clamp(min=0)).clamp(min=0)
-    sequence = torch.arange(len(length), device=q.device)[:, None].expand_as(position)
-    for batch in [None] if q.dim() == 3 else range(len(q)):
-        own_q, own_k = (q, k) if batch is None else (q[batch], k[batch])
-        of_batch = slice(None) if batch is None else slice(batch, batch + 1)
-        own = sequence[of_batch].flatten()
+    start_k, length_k = (start, length) if start_k is None or length_k is None else (start_k, length_k)
+    key_mask, parts = arguments.get("key_mask"), parts.to(q.device)
+
+    def steps(own_q: Tensor, own_k: Tensor, row: Tensor, sequence: Tensor, position: Tensor) -> tuple:
+        keys = length_k[sequence] - (length[sequence] - 1 - position)
         changed = {
-            "b_start_loc": torch.arange(len(own), device=q.device),
-            "b_seq_len": length[own].clamp(0, 1),
-            "b_start_loc_k": start_k[own],
-            "b_seq_len_k": keys[of_batch].flatten(),
+            "b_start_loc": torch.arange(len(row), device=q.device),
+            "b_seq_len": ((position >= 0) & (position < length[sequence])).long(),
+            "b_start_loc_k": start_k[sequence],
+            "b_seq_len_k": keys.clamp(min=0),
+            "key_mask": None if key_mask is None else key_mask[sequence],
         }
-        if arguments.get("key_mask") is not None:
-            changed["key_mask"] = arguments["key_mask"][of_batch].expand(len(own), -1)
-        yield own_q[row[of_batch].flatten()], own_k, {**arguments, **changed}, own
+        return own_q[row], own_k, {**arguments, **changed}, sequence
+
+    if q.dim() == 3:
+        row = (q.shape[0] * parts).long()
+        sequence = ((row[:, None] >= start) & (row[:, None] < start + length)).int().argmax(1)
+        yield steps(q, k, row, sequence, row - start[sequence])
+        return
+    for batch in range(len(q)):
+        sequence = torch.full(parts.shape, batch, device=q.device)
+        position = (length[sequence] * parts).long()
+        row = (start[sequence] + position).clamp(0, max(q.shape[1] - 1, 0))
+        yield steps(q[batch], k[batch], row, sequence, position)
 
 
 def block_margins(

@@ -137,7 +137,8 @@ class RowMeans(NamedTuple):
     blocks: Tensor
 
     def at(self, keys: Tensor) -> Tensor:
-        """(m, 1 + trials) of other lengths (m,): between those counted a line, behind the longest the fit to r."""
+        """(m, 1 + trials) of other lengths (m,): between those counted a line; behind the longest the fit to r, or with
+        too few for one the last line."""
         if len(self.keys) == 1:
             return self.blocks * (keys / self.keys)[:, None]
         above = torch.searchsorted(self.keys, keys).clamp(1, len(self.keys) - 1)
@@ -145,7 +146,7 @@ class RowMeans(NamedTuple):
         part = ((keys - low) / (high - low))[:, None]
         blocks = self.blocks[above - 1] + part * (self.blocks[above] - self.blocks[above - 1])
         is_longer = keys > self.keys[-1]
-        if is_longer.any():
+        if is_longer.any() and len(self.keys) >= LEAST_ROWS:
             blocks[is_longer] = _terms(keys[is_longer]) @ self._fit()
         visited = blocks[:, :1].clamp(min=0)
         return torch.cat([visited, torch.minimum(blocks[:, 1:].clamp(min=0).cummax(1).values, visited)], 1)

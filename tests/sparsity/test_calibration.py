@@ -68,6 +68,20 @@ def test_a_forward_loop_and_texts_as_bytes():
     assert sparse_methods(wide)["model.layers.0.self_attn"].get_threshold_info()["decode"]["target"] == 0.3
 
 
+def test_attention_that_is_not_causal_is_run_at_each_length():
+    model = sharp_model("bert")
+    calibration = {**SETTINGS, "samples": 32, "target_sparse_ratio": {"prefill": 0.2}}
+    mtsa.sparsify(model, config_of("*attention*", calibration=calibration), (STREAM,))
+    assert list(state_of(model).calibration["prefill"].fit.curve.keys) == [128, 256]
+    for length in (128, 256):
+        ids = tokens(24 * length, rows=1, seed=length).view(24, length)
+        with torch.no_grad(), mtsa.collect_stats(model):
+            model(ids)
+        assert mtsa.dropped_share(model, "prefill") == pytest.approx(0.2, abs=0.02)
+    with pytest.raises(mtsa.CalibrationError, match=r"no decode call was counted; set target.*causal prefills"):
+        mtsa.calibrate(model, {**calibration, "target_sparse_ratio": {"decode": 0.3}}, (STREAM,))
+
+
 def test_chunks_do_not_change_a_calibration():
     fits = [state_of(calibrated(samples=8, chunk_size=size)).calibration["prefill"].fit for size in (2048, 40)]
     assert fits[0].a == pytest.approx(fits[1].a, rel=1e-3)

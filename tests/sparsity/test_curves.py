@@ -110,14 +110,16 @@ def test_tiles_and_rows_of_packed_sequences():
     assert counts.rows_behind.tolist()[:6] == [21, 5, 0, 29, 13, 0]
     assert counts.by_sequence()[0][:, 0].tolist() == [6, 0, 6]
     call = {"b_start_loc": starts, "b_seq_len": lengths}
-    ((rows, its_k, arguments, sequence),) = single_rows(q, k, call, torch.tensor([0.0, 0.5]))
+    positions = torch.tensor([0, 1, 19, 38, 39, 40, 62, 84, 85])
+    ((rows, its_k, arguments, sequence),) = single_rows(q, k, call, (positions + 0.5) / 90)
     assert its_k is k
-    assert torch.equal(rows, q[[1, 1 + 18, 40, 40, 40, 40 + 22]])
-    assert sequence.tolist() == [0, 0, 1, 1, 2, 2]
-    assert arguments["b_seq_len"].tolist() == [1, 1, 0, 0, 1, 1]
-    assert arguments["b_seq_len_k"].tolist() == [1, 19, 0, 0, 1, 23]
+    assert torch.equal(rows, q[positions])
+    assert arguments["b_seq_len"].tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0]
+    is_row = arguments["b_seq_len"] > 0
+    assert sequence[is_row].tolist() == [0, 0, 2, 2, 2]
+    assert arguments["b_seq_len_k"][is_row].tolist() == [1, 19, 1, 23, 45]
     alone = count_dropped(rows, k, (0.5,), BLOCK, **arguments)
-    assert alone.by_sequence()[0][:, 0].tolist() == [1, 2, 0, 0, 1, 2]
+    assert alone.by_sequence()[0][is_row, 0].tolist() == [1, 2, 1, 2, 3]
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.6, 0.95])
