@@ -30,7 +30,7 @@ TARGETS = (0.2, 0.3, 0.5, 0.7)
 LENGTHS = (128, 256, 512)
 TOLERANCE = 0.02
 TRAINING_BYTES = 2_000_000
-BATCH = 16
+BATCH = 64
 DECODED = 16  # tokens, a key block of them
 
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--samples", type=int, default=192, help="texts to calibrate on (192)")
-    parser.add_argument("--windows", type=int, default=64, help="held-out texts of each length (64)")
+    parser.add_argument("--windows", type=int, default=320, help="held-out texts of each length (320)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn from the training files (0)")
     return parser.parse_args()
 
