@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fa_ops.cpu import PLAIN_BLOCK_ELEMENTS, batched, head_major, sequence_ranges
 from fa_ops.cpu_pages import gather_pages
-from fa_ops_meta.skip import BITS_PER_WORD, DECODE_SEGMENT, VISIT_ORDER
+from fa_ops_meta.skip import BITS_PER_WORD, DECODE_SEGMENT, VISIT_ORDER, VISIT_ORDERS
 
 
 class Rule(NamedTuple):
@@ -222,23 +222,67 @@ def _decide(
     piece: Piece, log_threshold: Tensor, is_decoding: bool, rule: Rule, order: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tiles, blocks) visited, (Hq, tiles, blocks) dropped, and the largest score of each row, (Hq, tiles, br)."""
+    visited, margins, largest = _margins(piece, is_decoding, rule, order)
+    return visited, visited & (margins < log_threshold[:, None, None]), largest.amax(-1)
+
+
+def _margins(piece: Piece, is_decoding: bool, rule: Rule, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(tiles, blocks) visited, (Hq, tiles, blocks) margins, and the rows' largest scores, (Hq, tiles, br, blocks)."""
     largest = piece.scores.amax(-1)
-    votes = piece.seen.any(-1)
+    segment = DECODE_SEGMENT // rule.bc if is_decoding else None
+    return *block_margins(largest, piece.seen.any(-1), order, segment, piece.blocks.start), largest
+
+
+def block_margins(
+    largest: Tensor, votes: Tensor, order: str, segment: int | None, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(tiles, blocks) visited, and (Hq, tiles, blocks) margins: the largest m - M of the rows that vote.
+
+    A visited block is dropped iff its margin is less than ln(threshold). The first one's is inf, and that of blocks
+    which are not visited says nothing.
+
+    Args:
+        largest: (Hq, tiles, br, blocks), m of each row; -inf where it does not vote.
+        votes: (tiles, br, blocks), whether a row sees a key of the block.
+        segment: blocks after which M starts again from what it is behind the first visited block; None for never.
+        offset: of the first block within its segment.
+    """
+    if order not in VISIT_ORDERS:
+        raise ValueError(f"order: {order!r} given; accepted are {VISIT_ORDERS}")
     visited = votes.any(1)
-    is_back = order.endswith("descending")
-    starts_at_end = order in ("diagonal_first", "descending")
-    indices = torch.arange(visited.shape[1])
-    if starts_at_end:
+    num_blocks = visited.shape[1]
+    indices = torch.arange(num_blocks, device=visited.device)
+    if order in ("diagonal_first", "descending"):
         first = torch.where(visited, indices, -1).amax(1)
     else:
-        first = torch.where(visited, indices, len(indices)).amin(1)
+        first = torch.where(visited, indices, num_blocks).amin(1)
     is_first = (indices == first[:, None])[:, None]
     of_first = largest.masked_fill(~is_first, float("-inf")).amax(-1, keepdim=True)
-    segment = DECODE_SEGMENT // rule.bc if is_decoding else piece.blocks.stop
-    before = torch.maximum(_running_maximum(largest, piece.blocks.start % segment, segment, is_back), of_first)
-    margin = (largest - before).masked_fill(~votes, float("-inf")).amax(2)
-    dropped = visited & ~is_first[:, 0] & (margin < log_threshold[:, None, None])
-    return visited, dropped, largest.amax(-1)
+    segment = segment or max(offset + num_blocks, 1)
+    before = _running_maximum(largest, offset % segment, segment, order.endswith("descending"))
+    margins = (largest - torch.maximum(before, of_first)).masked_fill(~votes, float("-inf")).amax(2)
+    return visited, margins.masked_fill(is_first[:, 0], float("inf"))
+
+
+def count_kept_cpu(
+    q: Tensor, k: Tensor, start: Tensor, length: Tensor, start_k: Tensor, length_k: Tensor, key_mask: Tensor | None,
+    trials: Tensor, scale: float, softcap: float, left: int, right: int, br: int, bc: int,
+    kept: Tensor, order: str = VISIT_ORDER,
+) -> None:  # fmt: skip
+    """Fills `kept` (Hq, tiles, trials + 1) int32 where a tile, as block_bits has them, is a sequence's: the blocks of
+    dense attention that each of the ascending `trials` keeps, and all visited."""
+    log_trials = trials.log()
+    rule = Rule(scale, softcap, left, right, br, bc)
+    queries = head_major(q)
+    for own in _sequences(q, k, k, start, length, start_k, length_k, key_mask, rule):
+        batch, rows = own.queries
+        for piece in _pieces(own, queries[batch, :, rows], rule):
+            visited, margins, _ = _margins(piece, own.num_rows == 1, rule, order)
+            number_keeping = torch.bucketize(margins, log_trials, right=True)
+            histogram = torch.zeros_like(kept[:, piece.tiles])
+            histogram.scatter_add_(-1, number_keeping, visited.int().expand_as(number_keeping))
+            total = histogram.sum(-1, keepdim=True, dtype=torch.int32)
+            kept[:, piece.tiles] = torch.cat([total - histogram[..., :-1].cumsum(-1, dtype=torch.int32), total], -1)
 
 
 def _running_maximum(t: Tensor, offset: int, segment: int, is_back: bool) -> Tensor:

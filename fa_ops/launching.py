@@ -1,4 +1,4 @@
-"""What every kernel launch needs: Triton, if it is there, and the strides of the arguments."""
+"""What every kernel launch needs: Triton, if it is there, the tile, the grid, and the strides of the arguments."""
 
 import functools
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_ops_meta import checks
+
 try:
     import triton
 except ImportError:
     HAS_TRITON = IS_INTERPRETED = False
 else:
+    from fa_ops.kernels.configs import Tile, architecture, select_tile
+
     HAS_TRITON = True
     IS_INTERPRETED = triton.knobs.runtime.interpret
 
@@ -66,3 +70,31 @@ def paging(k: Tensor, block_table: Tensor | None, block_n: int) -> int:
     if block_table is None:
         return 0
     return 1 if k.shape[1] % block_n == 0 else 2
+
+
+def require_triton(q: Tensor) -> None:
+    if not HAS_TRITON:
+        raise ImportError(f"q: device {q.device} given, and Triton is not installed: `pip install triton` (Linux)")
+
+
+def grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
+    """Enough tiles for any lengths: nothing is read back from the device to count them."""
+    tiles = (rows + block - 1) // block
+    return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
+
+
+def tile_of(kernel: str, q: Tensor, v: Tensor, skip_blocks: tuple[int, int] | None) -> "Tile":
+    arch = "interpreter" if q.device.type == "cpu" else architecture_of(q.device)
+    return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32, skip_blocks)
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    checks.check_capability(major, minor, torch.cuda.get_device_name(device))
+    return architecture(major, minor)
+
+
+def device_of(t: Tensor) -> torch.cuda.device_of:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(t)

@@ -19,13 +19,17 @@ from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
     IS_INTERPRETED,
+    device_of,
     dlse_strides,
+    grid,
     leading_strides,
     lse_strides,
     mask_strides,
     page_counts,
     paging,
+    require_triton,
     strides_of,
+    tile_of,
     wrap_triton,
 )
 from fa_ops_meta import checks, flops, outputs
@@ -35,7 +39,7 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
-    from fa_ops.kernels.configs import Tile, architecture, block_dim, select_tile
+    from fa_ops.kernels.configs import block_dim
     from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
     from fa_ops.kernels.tiles import tile_list_kernel
@@ -85,7 +89,7 @@ def _varlen_attention(
             return cpu_ops.skip_forward(*tensors, block_table, threshold, *numbers, *skip_blocks)
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
-    _require_triton(q)
+    require_triton(q)
     reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, threshold)
     if reason is None:
         logger.debug("varlen_attention: sm_90 kernel")
@@ -107,18 +111,18 @@ def _varlen_attention(
     num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
     if num_splits is not None:
         logger.debug("varlen_attention: decode kernel, %s splits", num_splits)
-        with _device_of(q):
+        with device_of(q):
             decoding.launch(
-                num_splits, _tile("decode", q, v, skip_blocks), q, k, v, out, lse,
+                num_splits, tile_of("decode", q, v, skip_blocks), q, k, v, out, lse,
                 (b_start_loc, b_seq_len, start_k, length_k), key_mask, block_table, sinks, threshold,
                 block_bits, counts, (scale, softcap, window_left, right), skip_softmax_block_q,
             )  # fmt: skip
         if not is_packed:
             return out, lse, block_bits, counts
     logger.debug("varlen_attention: forward kernel, since %s", reason)
-    tile = _tile("forward", q, v, skip_blocks)
-    with _device_of(q):
-        wrap_triton(attention_forward_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+    tile = tile_of("forward", q, v, skip_blocks)
+    with device_of(q):
+        wrap_triton(attention_forward_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
             b_seq_len if key_mask is None else key_mask, b_seq_len if block_table is None else block_table,
             lse if sinks is None else sinks,
@@ -196,7 +200,7 @@ def _varlen_attention_backward(
             delta = delta if dlse is None else delta - dlse
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
-    _require_triton(q)
+    require_triton(q)
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
@@ -224,16 +228,16 @@ def _varlen_attention_backward(
         "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
         "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],
     }  # fmt: skip
-    with _device_of(q):
-        tile = _tile("dq", q, v, skip_blocks)
-        wrap_triton(attention_backward_dq_kernel)[_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+    with device_of(q):
+        tile = tile_of("dq", q, v, skip_blocks)
+        wrap_triton(attention_backward_dq_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
             *strides_of(out), *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *dlse_strides(dlse),
             *strides_of(dq), **constants, HAS_DLSE=dlse is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        tile = _tile("dkv", q, v, skip_blocks)
-        wrap_triton(attention_backward_dkv_kernel)[_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
+        tile = tile_of("dkv", q, v, skip_blocks)
+        wrap_triton(attention_backward_dkv_kernel)[grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
             *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *strides_of(dk), *strides_of(dv),
             **constants,
@@ -282,34 +286,6 @@ def is_available() -> bool:
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= checks.MIN_CAPABILITY
     )
-
-
-def _require_triton(q: Tensor) -> None:
-    if not HAS_TRITON:
-        raise ImportError(f"q: device {q.device} given, and Triton is not installed: `pip install triton` (Linux)")
-
-
-def _grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
-    """Enough tiles for any lengths: nothing is read back from the device to count them."""
-    tiles = (rows + block - 1) // block
-    return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
-
-
-def _tile(kernel: str, q: Tensor, v: Tensor, skip_blocks: tuple[int, int] | None) -> "Tile":
-    arch = "interpreter" if q.device.type == "cpu" else _architecture(q.device)
-    return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32, skip_blocks)
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    checks.check_capability(major, minor, torch.cuda.get_device_name(device))
-    return architecture(major, minor)
-
-
-def _device_of(t: Tensor) -> torch.cuda.device_of:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device_of(t)
 
 
 def _register_sharding_rules() -> None:

@@ -13,7 +13,7 @@ itself: the values of a block are loaded if one of them keeps it.
 import triton
 import triton.language as tl
 
-from fa_ops.kernels.forward import _accumulate, _scores, _sees_block
+from fa_ops.kernels.forward import _accumulate, _scores
 from fa_ops.kernels.primitives import (
     COUNTS,
     LOG2E,
@@ -25,7 +25,7 @@ from fa_ops.kernels.primitives import (
     load_rows,
     score_scales,
 )
-from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept
+from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, sees_block
 
 SPLIT_BLOCK = tl.constexpr(16)
 
@@ -108,15 +108,14 @@ def attention_decode_kernel(
 
     begin, _, _, end = key_range(0, 1, len_k, window_left, window_right, 1, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if SKIP_SOFTMAX and HAS_KEY_MASK:
-        # the first and the last of the visited blocks; the blocks decide where block_bits are written, so no function
-        # that knows the mask may find them (see primitives.py)
-        while (begin < end) & (not _sees_block(
+        # skip.visited_range, here since the blocks decide where block_bits are written (see primitives.py)
+        while (begin < end) & (not sees_block(
             offs_m, begin, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip
             begin += BLOCK_N
         last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-        while (last > begin) & (not _sees_block(
+        while (last > begin) & (not sees_block(
             offs_m, last, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip

@@ -31,7 +31,7 @@ from fa_ops.kernels.primitives import (
     tanh,
     wrap_rows,
 )
-from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, visit
+from fa_ops.kernels.skip import load_log_threshold, mark_kept, row_margins, sees_block, visit
 
 
 @triton.jit
@@ -87,19 +87,6 @@ def _mask(
 
 
 @triton.jit
-def _sees_block(
-    offs_m, n0, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Whether a row of the tile sees a key of the block from n0 on, with holes in its keys."""
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    is_key = tl.load(key_mask_ptr + (start_k + offs_n) * stride_ms, mask=offs_n < len_k, other=0) != 0
-    visible = is_visible(offs_m[:, None], offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    visible = visible & is_key[None, :] & (offs_m < len_q)[:, None]
-    return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
-
-
-@triton.jit
 def _attend_sparsely(
     acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
     block_table_ptr, bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right,
@@ -110,14 +97,14 @@ def _attend_sparsely(
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
     if HAS_KEY_MASK:
-        # the first and the last of the visited blocks have a part in some orders
-        while (begin < end) & (not _sees_block(
+        # skip.here since the blocks decide where block_bits are written (see primitives.py)
+        while (begin < end) & (not sees_block(
             offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip
             begin += BLOCK_N
         last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-        while (last > begin) & (not _sees_block(
+        while (last > begin) & (not sees_block(
             offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip
@@ -150,16 +137,11 @@ def _attend_sparsely(
                 HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
             )  # fmt: skip
         s_max = tl.max(s, 1)
-        has_vote = (s_max != float("-inf")) & (offs_m < len_q)
-        if (len_q == 1) & (n0 // DECODE_SEGMENT != segment):
-            m_before = m_first
-            segment = n0 // DECODE_SEGMENT
-        is_dropped = (s_max - m_before) * scale < log_threshold
+        margins, has_vote, m_before, m_first, segment = row_margins(
+            s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited == 0
+        )
         is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
-        is_kept = tl.max((has_vote & (is_dropped == 0)).to(tl.int32), 0) != 0
-        m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
-        if num_visited == 0:
-            m_first = m_before
+        is_kept = tl.max((has_vote & ((margins < log_threshold) == 0)).to(tl.int32), 0) != 0
         num_visited += is_visited.to(tl.int32)
         num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
         if is_kept:

@@ -12,7 +12,7 @@ those of the same DECODE_SEGMENT keys. The block_bits of a query tile hold a bit
 import triton
 import triton.language as tl
 
-from fa_ops.kernels.primitives import SCAN_BLOCK
+from fa_ops.kernels.primitives import SCAN_BLOCK, is_visible
 from fa_ops_meta import skip
 
 DECODE_SEGMENT = tl.constexpr(skip.DECODE_SEGMENT)
@@ -33,9 +33,63 @@ def visit(step, count, VISIT_ORDER: tl.constexpr):
 
 
 @triton.jit
-def load_log_threshold(ptr):
-    """ln of a threshold; -inf, which drops nothing, for one outside (0, 1)."""
-    threshold = tl.load(ptr)
+def sees_block(
+    offs_m, n0, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Whether a row of the tile sees a key of the block from n0 on, with holes in its keys."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    is_key = tl.load(key_mask_ptr + (start_k + offs_n) * stride_ms, mask=offs_n < len_k, other=0) != 0
+    visible = is_visible(offs_m[:, None], offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    visible = visible & is_key[None, :] & (offs_m < len_q)[:, None]
+    return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def visited_range(
+    offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) from the first to the last of the visited blocks, which have a part in some orders; for kernels that
+    do not write where these decide."""
+    if HAS_KEY_MASK:
+        while (begin < end) & (not sees_block(
+            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            begin += BLOCK_N
+        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+        while (last > begin) & (not sees_block(
+            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            last -= BLOCK_N
+        end = tl.minimum(end, last + BLOCK_N)
+    return begin, end
+
+
+@triton.jit
+def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_first):
+    """What a block's row maxima say of it, and make of the running maximum.
+
+    Returns (margins, has_vote, m_before, m_first, segment): the block is visited if a row has a vote, and dropped if
+    the margins of all that have are less than ln(threshold). The rest is carried on to the next block.
+    """
+    has_vote = (s_max != float("-inf")) & (offs_m < len_q)
+    if (len_q == 1) & (n0 // DECODE_SEGMENT != segment):
+        m_before = m_first
+        segment = n0 // DECODE_SEGMENT
+    margins = (s_max - m_before) * scale
+    m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
+    if is_first:
+        m_first = m_before
+    return margins, has_vote, m_before, m_first, segment
+
+
+@triton.jit
+def load_log_threshold(ptr, mask=None):
+    """ln of a threshold; -inf, which drops nothing, for one outside (0, 1) or of the mask."""
+    threshold = tl.load(ptr, mask=mask, other=None if mask is None else 0.0)
     is_valid = (threshold > 0.0) & (threshold < 1.0)
     return tl.where(is_valid, tl.log(tl.where(is_valid, threshold, 0.5)), float("-inf"))
 

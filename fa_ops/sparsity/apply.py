@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -83,14 +82,14 @@ def calibrate(
     *,
     tokenizer: Any = None,
 ) -> Model:
-    """Finds λ = a * exp(b * target) / keys ** c for the enabled modules of a sparse model, in both phases.
+    """Finds λ for a target share and a number of keys, for the enabled modules of a sparse model, in both phases.
 
     The model runs dense while every trial λ is counted. Nothing changes if it fails.
 
     Args:
         config: the fields of `CalibrationConfig`.
         forward_loop: a function of the model that runs it as it will be used; or strings, or sequences of token ids.
-            These are joined and cut into lengths of max_seqlen, max_seqlen / 2, ...
+            These are joined and cut into lengths of max_seqlen; for models that are not causal also of its half, ...
         tokenizer: of strings; None takes their bytes.
 
     Raises:
@@ -132,7 +131,8 @@ def set_thresholds(model: nn.Module, thresholds: Mapping[str, Any], pattern: Pat
 def set_target_sparse_ratio(model: nn.Module, target_sparse_ratio: Mapping[str, float], pattern: Pattern = "*") -> None:
     """Gives calibrated modules that match another share to drop; compiled code is not compiled again.
 
-    The calibration is most accurate around the target that it was made for. Phases that are not named keep theirs.
+    Phases that are not named keep theirs. Warns of a target above the largest share that calibration has seen: shorter
+    sequences drop what they can.
     """
     targets = {
         phase: target for phase, target in check_targets(target_sparse_ratio).items() if phase in target_sparse_ratio
@@ -144,10 +144,16 @@ def set_target_sparse_ratio(model: nn.Module, target_sparse_ratio: Mapping[str, 
                 raise ValueError(
                     f"{name}: target_sparse_ratio[{phase!r}] given, but it is not calibrated; see calibrate"
                 )
-    for method in selected.values():
-        method.set_calibrated(
-            {phase: replace(method.calibrated[phase], target=target) for phase, target in targets.items()}
-        )
+    for name, method in selected.items():
+        calibrated = {phase: method.calibrated[phase].with_target(target) for phase, target in targets.items()}
+        for phase, own in calibrated.items():
+            if own.target > own.largest_share:
+                warnings.warn(
+                    f"{name}: target_sparse_ratio[{phase!r}]: {own.target} given; calibration has seen "
+                    f"{own.largest_share:.3f} at most, at {own.longest:.0f} keys; fewer drop what they can",
+                    stacklevel=2,
+                )
+        method.set_calibrated(calibrated)
     save_in_config(model)
 
 

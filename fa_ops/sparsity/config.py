@@ -26,10 +26,10 @@ BACKENDS = ("pytorch", "triton")
 # blocks were dropped (examples/benchmarks/results/sparsity-study-smollm2.md). Smaller blocks and longer texts drop
 # more. Decoding needs a smaller λ: a single row drops blocks that another row of a block of queries would keep.
 DEFAULT_THRESHOLDS = {"prefill": 0.1, "decode": 0.003}
-# Dense towards 1, where what is left of a sequence's blocks is decided.
+# Fewer than 32, a power of two, for the kernel's sake; dense towards 1, where what is left of the blocks is decided.
 DEFAULT_TRIALS = (
-    1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 7e-2,
-    0.1, 0.14, 0.2, 0.26, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99,
+    1e-6, 1e-5, 5e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1.2e-3, 2e-3, 3.5e-3, 6e-3, 0.01, 0.015, 0.022, 0.032, 0.045, 0.065,
+    0.09, 0.12, 0.16, 0.21, 0.27, 0.34, 0.42, 0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.99,
 )  # fmt: skip
 
 
@@ -73,16 +73,17 @@ class FlashSkipSoftmaxConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How λ = a * exp(b * target) / keys ** length_power is found.
+    """How λ is found for a target and a number of keys.
 
     Attributes:
         target_sparse_ratio: share of the visited blocks to drop in "prefill" and in "decode", in [0, 1); 0 leaves a
             phase dense.
-        samples: number of texts that are run, divided over the lengths.
+        samples: number of texts that are run, divided over the lengths. More make it more exact.
         max_seqlen: longest text, tokens; no longer than the model's own maximum.
-        num_length_bins: number of lengths, each half of the one before; lengths of less than 8 blocks are left out.
+        num_length_bins: number of lengths, each half of the one before; lengths of less than 8 blocks are left out. A
+            causal model runs the longest alone, which has the shorter ones in it.
         chunk_size: tokens that a prefill is run in at a time, tokens; rounded up to whole blocks.
-        num_decode_tokens: tokens decoded after each text.
+        num_decode_tokens: rows of each sixteenth of a prefill call that decoding is counted at.
         threshold_trials: the λ that are counted, ascending, in (0, 1).
     """
 

@@ -24,7 +24,8 @@ from fa_ops.sparsity.attach import (
     warn_disabled,
 )
 from fa_ops.sparsity.config import PHASES, CalibrationConfig
-from fa_ops.sparsity.methods.base import Calibrated, SparseAttentionMethod
+from fa_ops.sparsity.curves import Calibrated, ShareCurve
+from fa_ops.sparsity.methods.base import SparseAttentionMethod
 from fa_ops_meta.skip import VISIT_ORDER
 
 FORMULA = "a * exp(b * target_sparsity)"
@@ -47,7 +48,10 @@ def export_sparse_attention_config(model: nn.Module) -> dict[str, Any]:
             "version": VERSION,
             "block": _common([[m.config.br, m.config.bc] for m in methods.values()]),
             "order": VISIT_ORDER,
-            "modules": {name: _fields(method) for name, method in methods.items()},
+            "calibrations": [
+                {phase: _saved(own) for phase, own in calibrated.items()} for calibrated in _calibrations(methods)
+            ],
+            "modules": {name: _fields(method, _calibrations(methods)) for name, method in methods.items()},
         },
     }
 
@@ -84,8 +88,10 @@ def _groups(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> I
     """Modules of the same calibration together."""
     disabled = [name for name, method in methods.items() if not method.is_enabled]
     enabled = {name: method for name, method in methods.items() if method.is_enabled}
-    calibrations = list({tuple(sorted(m.calibrated.items())): m.calibrated for m in enabled.values()}.values())
-    for number, calibrated in enumerate(calibrations or [{}]):
+    different = _calibrations(enabled)
+    if not all(method.calibrated for method in enabled.values()) or not enabled:
+        different.append({})
+    for number, calibrated in enumerate(different):
         names = [name for name, method in enabled.items() if method.calibrated == calibrated]
         group: dict[str, Any] = {
             "algorithm": ALGORITHMS[0],
@@ -93,22 +99,43 @@ def _groups(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> I
             "ignore": disabled,
         }
         if calibrated:
-            factors = {phase: {"a": _per_key(own), "b": own.b} for phase, own in calibrated.items()}
+            factors = {phase: {"a": own.a, "b": own.b} for phase, own in calibrated.items()}
             group["threshold_scale_factor"] = {"formula": FORMULA, **factors}
             group["target_sparsity"] = {phase: own.target for phase, own in calibrated.items()}
         yield f"group_{number}", group
 
 
-def _per_key(calibrated: Calibrated) -> float:
-    """a of the formula that other readers know, λ = a * exp(b * S) / keys: equal at the longest calibrated length."""
-    return calibrated.a * calibrated.longest ** (1 - calibrated.length_power)
+def _calibrations(methods: Mapping[str, SparseAttentionMethod]) -> list[dict[str, Calibrated]]:
+    """What differs among the modules', each once."""
+    different: list[dict[str, Calibrated]] = []
+    for method in methods.values():
+        if method.calibrated and method.calibrated not in different:
+            different.append(method.calibrated)
+    return different
 
 
-def _fields(method: SparseAttentionMethod) -> dict[str, Any]:
-    calibrated = {phase: asdict(own) for phase, own in method.calibrated.items()}
-    return {**asdict(method.config), "enable": method.is_enabled, "collect_stats": method.collect_stats} | (
-        {"calibrated": calibrated} if calibrated else {}
-    )
+def _saved(calibrated: Calibrated) -> dict[str, Any]:
+    """As `json` gives it back."""
+    fields = asdict(calibrated)
+    if calibrated.curve is not None:
+        curve = calibrated.curve
+        shares = [list(row) for row in curve.shares]
+        fields["curve"] = {**fields["curve"], "trials": list(curve.trials), "keys": list(curve.keys), "shares": shares}
+    return fields
+
+
+def _restored(saved: Mapping[str, Any]) -> Calibrated:
+    curve = saved.get("curve")
+    if curve is not None:
+        shares = tuple(map(tuple, curve["shares"]))
+        curve = ShareCurve(tuple(curve["trials"]), tuple(curve["keys"]), shares, curve["longest"])
+    return Calibrated(saved["a"], saved["b"], saved["target"], curve)
+
+
+def _fields(method: SparseAttentionMethod, calibrations: list[dict[str, Calibrated]]) -> dict[str, Any]:
+    """`calibrated` is a number among "calibrations"."""
+    calibrated = {"calibrated": calibrations.index(method.calibrated)} if method.calibrated else {}
+    return {**asdict(method.config), "enable": method.is_enabled, "collect_stats": method.collect_stats} | calibrated
 
 
 def _common(values: list[Any]) -> Any:
@@ -123,10 +150,10 @@ def _own(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Iterator
         if name not in modules:
             raise ValueError(f"sparse_attention_config: module {name!r} given; the model has {', '.join(modules)}")
         fields = dict(given)
-        calibrated = {phase: Calibrated(**own) for phase, own in fields.pop("calibrated", {}).items()}
+        number = fields.pop("calibrated", None)
         method = method_for(name, modules[name], fields)
-        if calibrated:
-            method.set_calibrated(calibrated)
+        if number is not None:
+            method.set_calibrated({phase: _restored(own) for phase, own in saved["calibrations"][number].items()})
         yield name, method
 
 

@@ -10,7 +10,7 @@ from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
 from fa_ops.integrations.huggingface_models import implementation_of
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES
-from fa_ops.sparsity.methods.base import Calibrated, SparseAttentionMethod
+from fa_ops.sparsity.methods.base import SparseAttentionMethod
 
 
 @contextmanager
@@ -79,8 +79,7 @@ def describe_rule(info: dict | None) -> str:
         return "dense"
     if "thresholds" in info:
         return f"λ {', '.join(f'{value:.3g}' for value in info['thresholds'])}"
-    own = Calibrated(**info)
-    return f"target {own.target:.0%}, λ {own.threshold(own.longest):.3g} at {own.longest:.0f} keys"
+    return f"target {info['target']:.0%}, λ {info['threshold']:.3g} at {info['longest']:.0f} keys"
 
 
 def _percent(visited: int, dropped: int) -> str:

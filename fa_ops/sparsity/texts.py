@@ -1,4 +1,4 @@
-"""Runs a model over texts of several lengths, prefill and decoding, for calibration."""
+"""Runs a model over texts, for calibration."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +17,14 @@ LEAST_BLOCKS = 8
 
 
 def lengths_of(model: nn.Module, config: CalibrationConfig, block: int) -> list[int]:
-    """Lengths to run, descending: the longest that configuration and model allow, half of it, and so on."""
+    """Lengths to run, descending: the longest that configuration and model allow, half of it, and so on; for a causal
+    model the longest alone, whose query blocks are the ends of all shorter ones."""
     longest = config.max_seqlen
     model_limit = getattr(_text_config(model), "max_position_embeddings", None)
     if model_limit is not None:
-        longest = min(longest, model_limit - config.num_decode_tokens)
+        longest = min(longest, model_limit)
+    if _decodes(model):
+        return [longest]
     lengths = [longest >> halvings for halvings in range(config.num_length_bins)]
     return [longest, *(length for length in lengths[1:] if length >= LEAST_BLOCKS * block)]
 
@@ -33,39 +36,34 @@ def token_windows(
     config: CalibrationConfig,
     lengths: list[int],
 ) -> list[Tensor]:
-    """Pieces of all texts joined, (length + num_decode_tokens,) int64 each, spread over them, lengths in turn."""
+    """Pieces of all texts joined, (length,) int64 each, spread over them, lengths in turn."""
     stream = torch.cat(
         [_token_ids(text, tokenizer, vocab_size) for text in texts] or [torch.empty(0, dtype=torch.int64)]
     )
-    needed = lengths[0] + config.num_decode_tokens
-    if len(stream) < needed:
+    if len(stream) < lengths[0]:
         raise ValueError(
-            f"forward_loop: {len(stream)} tokens given; max_seqlen {lengths[0]} and num_decode_tokens "
-            f"{config.num_decode_tokens} need {needed}: give more text, or a smaller max_seqlen"
+            f"forward_loop: {len(stream)} tokens given; max_seqlen needs {lengths[0]}: give more text, or a smaller "
+            "max_seqlen"
         )
     samples = max(config.samples, len(lengths))
     windows = []
     for number in range(samples):
-        size = lengths[number % len(lengths)] + config.num_decode_tokens
+        size = lengths[number % len(lengths)]
         begin = number * (len(stream) - size) // max(samples - 1, 1)
         windows.append(stream[begin : begin + size])
     return windows
 
 
-def run_window(model: nn.Module, ids: Tensor, num_decode_tokens: int, chunk_size: int) -> None:
-    """Prefill in chunks into a cache, then decode the window's last tokens one by one.
-
-    A model that does not decode runs the prefill alone, in one.
-    """
+def run_window(model: nn.Module, ids: Tensor, chunk_size: int) -> None:
+    """The window's prefill, in chunks into a cache; a model that does not decode runs it in one."""
     ids = ids.to(next(model.parameters()).device)[None]
-    prefill = ids.shape[1] - num_decode_tokens
     if not _decodes(model):
-        model(input_ids=ids[:, :prefill])
+        model(input_ids=ids)
         return
     options: dict[str, Any] = {"use_cache": True, "past_key_values": None}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
-    for piece in (*ids[:, :prefill].split(chunk_size, dim=1), *ids[:, prefill:].split(1, dim=1)):
+    for piece in ids.split(chunk_size, dim=1):
         options["past_key_values"] = model(input_ids=piece, **options).past_key_values
 
 

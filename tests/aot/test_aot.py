@@ -98,6 +98,16 @@ def test_paged_caches(kernel: str, arch: str, paging: int):
     check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, **flags)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_counting_fits(arch: str):
+    """The default blocks, and every feature at the largest head."""
+    plain = compile_kernel("counting", arch, select_tile("forward", arch, 128, 128, False, (64, 128)), "bf16", 128)
+    assert plain.spilled == 0
+    assert MATRIX_INSTRUCTION[arch] in plain.ptx
+    widest = select_tile("forward", arch, 256, 256, False, (64, 128))
+    assert compile_kernel("counting", arch, widest, "bf16", 256, **ALL_FEATURES).shared <= SHARED_MEMORY[arch]
+
+
 def test_table_has_no_other_rows():
     assert set(TILES) == {(kernel, is_float32) for kernel in KERNELS for is_float32 in (False, True)}
     for rows in TILES.values():

@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from fa_ops import decoding, hopper, ops
+from fa_ops import decoding, hopper, launching, ops
 from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
@@ -35,8 +35,8 @@ def an_imagined_gpu(request, monkeypatch):
     driver = mock.Mock()
     driver.get_current_target.return_value = GPUTarget("cuda", int(request.param.removeprefix("sm_")), 32)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(ops, "_architecture", lambda device: request.param)
-    monkeypatch.setattr(ops, "_device_of", lambda t: nullcontext())
+    monkeypatch.setattr(launching, "architecture_of", lambda device: request.param)
+    monkeypatch.setattr(ops, "device_of", lambda t: nullcontext())
 
 
 def trace(body, arguments: tuple) -> torch.fx.Graph:

@@ -15,7 +15,7 @@ def sharp_model(family: str = "llama", attention: str = "eager", **changes):
     model = tiny_model(family, attention, max_position_embeddings=512, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("q_proj.weight"):
+            if name.endswith(("q_proj.weight", "query.weight")):
                 parameter *= 6
     return model
 

@@ -146,8 +146,8 @@ def test_thresholds_of_heads_and_of_modules():
 def test_buffers_keep_their_dtype():
     model = mtsa.sparsify(sharp_model(), config_of()).to(torch.bfloat16)
     method = model.model.layers[0].self_attn.sparse_attention
-    assert method.scale.dtype == torch.float32
-    assert float(method.scale[0, 0]) == pytest.approx(0.3, rel=1e-7)
+    assert method.fixed.dtype == torch.float32
+    assert float(method.fixed[0, 0]) == pytest.approx(0.3, rel=1e-7)
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -187,7 +187,7 @@ def test_a_sparse_context_ends_with_its_exception():
     ],
 )
 def test_counting_agrees_with_the_reference(len_q, len_k, block, options, order, monkeypatch):
-    monkeypatch.setattr("fa_ops.sparsity.counting.SCORES_AT_ONCE", 1 << 12)
+    monkeypatch.setattr("fa_ops.cpu_skip.PLAIN_BLOCK_ELEMENTS", 1 << 12)
     q, k = torch.randn(2, len_q, 4, 16) * 3, torch.randn(2, len_k, 2, 16)
     ranges = {
         "b_start_loc": torch.tensor([0, 0]),
@@ -198,11 +198,12 @@ def test_counting_agrees_with_the_reference(len_q, len_k, block, options, order,
     key_mask = torch.rand(2, len_k) < 0.9
     trials = (0.01, 0.1, 0.5)
     counts = count_dropped(q, k, trials, block, **ranges, key_mask=key_mask, order=order, **options)
+    visited, dropped = counts.by_sequence()
     for number, trial in enumerate(trials):
         blocks = skip_softmax_blocks(
             q, k, **ranges, key_mask=key_mask, order=order, skip_softmax_threshold=trial, skip_softmax_block=block,
             **options,
         )  # fmt: skip
-        assert counts.visited.tolist() == [b.visited.sum((1, 2)).tolist() for b in blocks]
-        assert counts.dropped[number].tolist() == [b.dropped.sum((1, 2)).tolist() for b in blocks]
-    assert 0 < counts.dropped[-1].sum() < counts.visited.sum()
+        assert visited.tolist() == [b.visited.sum((1, 2)).tolist() for b in blocks]
+        assert dropped[number].tolist() == [b.dropped.sum((1, 2)).tolist() for b in blocks]
+    assert 0 < dropped[-1].sum() < visited.sum()

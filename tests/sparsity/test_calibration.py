@@ -16,6 +16,10 @@ from tests.sparsity.models import config_of, logits, sharp_model, tokens
 STREAM = tokens(6000, rows=1, seed=3)[0]
 SETTINGS = {"max_seqlen": 256, "samples": 16, "num_decode_tokens": 6, "num_length_bins": 2}
 TARGETS = {"prefill": 0.2, "decode": 0.5}
+UNREACHABLE = (
+    r"'prefill'\]: 0.9 given; the largest share seen, at λ = 0.99, is 0.\d+ at 256 keys, 0.\d+ at 128 keys: lower the "
+    r"target, or use longer texts.* or smaller blocks"
+)
 
 
 def calibrated(texts=(STREAM,), targets=TARGETS, **settings):
@@ -51,6 +55,8 @@ def test_another_target_drops_another_share(model):
     assert re.search(r"^prefill: .* blocks dropped$", mtsa.summary(model), re.MULTILINE), (
         "the modules want different shares"
     )
+    with pytest.warns(UserWarning, match=r"'prefill'\]: 0.95 given; calibration has seen 0.\d+ at most, at 256 keys"):
+        mtsa.set_target_sparse_ratio(model, {"prefill": 0.95})
     mtsa.set_target_sparse_ratio(model, {"prefill": before})
 
 
@@ -62,6 +68,7 @@ def test_a_forward_loop_and_texts_as_bytes():
     )
     info = sparse_methods(looped)["model.layers.0.self_attn"].get_threshold_info()
     assert info["prefill"]["target"] == 0.2
+    assert info["prefill"]["longest"] == 256
     assert info["decode"] is None
     wide = sharp_model(vocab_size=256)
     mtsa.sparsify(wide, config_of(), None)
@@ -69,8 +76,22 @@ def test_a_forward_loop_and_texts_as_bytes():
     assert sparse_methods(wide)["model.layers.0.self_attn"].get_threshold_info()["decode"]["target"] == 0.3
 
 
+def test_attention_that_is_not_causal_is_run_at_each_length():
+    model = sharp_model("bert")
+    calibration = {**SETTINGS, "samples": 32, "target_sparse_ratio": {"prefill": 0.2}}
+    mtsa.sparsify(model, config_of("*attention*", calibration=calibration), (STREAM,))
+    assert list(state_of(model).calibration["prefill"].fit.curve.keys) == [128, 256]
+    for length in (128, 256):
+        ids = tokens(24 * length, rows=1, seed=length).view(24, length)
+        with torch.no_grad(), mtsa.collect_stats(model):
+            model(ids)
+        assert mtsa.dropped_share(model, "prefill") == pytest.approx(0.2, abs=0.02)
+    with pytest.raises(mtsa.CalibrationError, match=r"no decode call was counted; set target.*causal prefills"):
+        mtsa.calibrate(model, {**calibration, "target_sparse_ratio": {"decode": 0.3}}, (STREAM,))
+
+
 def test_chunks_do_not_change_a_calibration():
-    fits = [state_of(calibrated(samples=4, chunk_size=size)).calibration["prefill"].fit for size in (2048, 40)]
+    fits = [state_of(calibrated(samples=8, chunk_size=size)).calibration["prefill"].fit for size in (2048, 40)]
     assert fits[0].a == pytest.approx(fits[1].a, rel=1e-3)
     assert fits[0].b == pytest.approx(fits[1].b, rel=1e-3)
 
@@ -78,11 +99,16 @@ def test_chunks_do_not_change_a_calibration():
 @pytest.mark.parametrize(
     ("texts", "settings", "error", "message"),
     [
-        ((STREAM,), {"targets": {"prefill": 0.9}}, mtsa.CalibrationError, r"'prefill'\]: 0.9 given; the largest share"),
-        ((STREAM[:100],), {}, ValueError, "100 tokens given; .* need 262: give more text, or a smaller max_seqlen"),
+        ((STREAM,), {"targets": {"prefill": 0.9}}, mtsa.CalibrationError, UNREACHABLE),
+        (
+            (STREAM[:100],),
+            {},
+            ValueError,
+            "100 tokens given; max_seqlen needs 256: give more text, or a smaller max_seqlen",
+        ),
         (("é",), {}, ValueError, "bytes of a text from 169 to 195 given; the vocabulary has 97; give a tokenizer"),
         ((STREAM[None],), {}, ValueError, r"token ids of shape \(1, 6000\) given"),
-        (lambda model: model(STREAM[None, :256]), {}, mtsa.CalibrationError, "no decode call was counted; set target"),
+        (lambda model: None, {}, mtsa.CalibrationError, "no prefill call was counted; set target"),
         ((STREAM,), {"threshold_trials": (1e-6, 0.999)}, mtsa.CalibrationError, "points of prefill drop 10% to 90%"),
     ],
 )

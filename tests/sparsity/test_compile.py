@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fa_ops.sparsity as mtsa
 from fa_ops.sparsity.attach import sparse_methods
-from fa_ops.sparsity.methods.base import Calibrated
+from fa_ops.sparsity.curves import Calibrated
 from tests.sparsity.models import config_of, logits, sharp_model, tokens
 
 LENGTHS = (31, 48, 50, 64, 77, 90, 100, 111, 120, 150)
@@ -20,7 +20,7 @@ def test_lengths_thresholds_and_targets_take_at_most_two_frames(is_calibrated):
     model = mtsa.sparsify(sharp_model(), config_of(backend="triton", collect_stats=True))
     if is_calibrated:
         for method in sparse_methods(model).values():
-            method.set_calibrated({"prefill": Calibrated(0.3, 1.0, 0.5, 0.4, 256.0)})
+            method.set_calibrated({"prefill": Calibrated(40.0, 1.0, 0.5)})
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for number, length in enumerate(LENGTHS):

@@ -9,11 +9,17 @@ from transformers import AutoModelForCausalLM
 
 import fa_ops.sparsity as mtsa
 from fa_ops.sparsity.attach import sparse_methods
-from fa_ops.sparsity.methods.base import Calibrated
+from fa_ops.sparsity.curves import Calibrated, ShareCurve
 from tests.sparsity.models import config_of, logits, sharp_model, tokens
 
 A, B, TARGET = 2.0, 3.0, 0.4
 FACTORS = {"a": A, "b": B}
+CURVE = ShareCurve(
+    (0.01, 0.1, 0.3, 0.9),
+    (64.0, 128.0, 256.0),
+    ((0.1, 0.2, 0.3, 0.4), (0.1, 0.3, 0.5, 0.6), (0.2, 0.4, 0.6, 0.8)),
+    256.0,
+)
 FORMULA = "a * exp(b * target_sparsity)"
 
 
@@ -21,9 +27,7 @@ def calibrated_model(**fields):
     """As a calibration would leave it."""
     model = mtsa.sparsify(sharp_model(), config_of(**fields))
     for method in sparse_methods(model).values():
-        method.set_calibrated(
-            {"prefill": Calibrated(0.3, 1.0, TARGET, 0.4, 256.0), "decode": Calibrated(0.1, 1.5, 0.5, 0.3, 256.0)}
-        )
+        method.set_calibrated({"prefill": Calibrated.of(CURVE, TARGET), "decode": Calibrated.of(CURVE, 0.5)})
     mtsa.enable_sparse_attention(model)  # writes the configuration
     return model
 
@@ -70,7 +74,7 @@ def test_what_other_readers_find(tmp_path):
     factors = group["threshold_scale_factor"]
     assert factors["formula"] == FORMULA
     # λ as they compute it is ours at the longest calibrated length
-    own = Calibrated(0.3, 1.0, TARGET, 0.4, 256.0)
+    own = Calibrated.of(CURVE, TARGET)
     theirs = factors["prefill"]["a"] * math.exp(factors["prefill"]["b"] * TARGET) / 256
     assert theirs == pytest.approx(own.threshold(256))
     assert saved["fa_ops"]["block"] == [16, 16]

@@ -1,10 +1,8 @@
 """What a method of sparse attention is, and the register of methods. A new method is one file beside this one."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
@@ -14,42 +12,24 @@ from fa_ops.attention import attention
 from fa_ops.integrations.huggingface import SPARSE_ATTENTION
 from fa_ops.sparsity.config import BACKENDS, PHASES
 from fa_ops.sparsity.counting import BlockCounts
+from fa_ops.sparsity.curves import Calibrated
 
 Method = TypeVar("Method", bound="type[SparseAttentionMethod]")
 PREFILL, DECODE = range(2)
-
-# Short sequences may have no λ below 1 that reaches a target; with this one they come as near as they can.
-MOST_THRESHOLD = 0.99
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """λ = a * exp(b * target) / keys ** length_power, but no more than MOST_THRESHOLD; a target of 0 is dense.
-
-    `longest` is the number of keys up to which it was calibrated.
-    """
-
-    a: float
-    b: float
-    target: float
-    length_power: float = 1.0
-    longest: float = 1.0
-
-    @property
-    def scale(self) -> float:
-        """λ of a single key."""
-        return self.a * math.exp(self.b * self.target)
-
-    def threshold(self, keys: float) -> float:
-        return min(self.scale / keys**self.length_power, MOST_THRESHOLD)
 
 
 class Recorder(Protocol):
     """Takes what a module would drop, while the module itself stays dense."""
 
-    trials: tuple[float, ...]
-
-    def record(self, is_decoding: bool, visible_keys: Tensor, counts: BlockCounts) -> None: ...
+    def record(
+        self,
+        method: "SparseAttentionMethod",
+        q: Tensor,
+        k: Tensor,
+        visible_keys: Tensor,
+        is_decoding: bool,
+        arguments: Mapping[str, Any],
+    ) -> None: ...
 
 
 class SparseAttentionMethod(nn.Module, ABC):
@@ -136,8 +116,7 @@ class SparseAttentionMethod(nn.Module, ABC):
         if q.shape[-2] != self.num_heads:
             raise ValueError(f"q: {q.shape[-2]} heads given; {self.name} was set up for {self.num_heads}")
         if self.recorder is not None:
-            trial_counts = self.calculate_sparsity(q, k, self.recorder.trials, arguments)
-            self.recorder.record(is_decoding, visible_keys, trial_counts)
+            self.recorder.record(self, q, k, visible_keys, is_decoding, arguments)
             return cast(Tensor, attention(q, k, v, **arguments))
         out, counts = self.apply_sparsity(q, k, v, visible_keys, is_decoding, arguments)
         if counts is not None:

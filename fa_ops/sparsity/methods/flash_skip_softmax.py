@@ -1,11 +1,11 @@
 """Skip-softmax (BLASST, arXiv 2512.12087): blocks whose scores lie far below the running maximum are left out.
 
-λ of a phase is one number for each head, or a * exp(b * target) / keys ** length_power from calibration, for the keys
-that a sequence has at that call.
+λ of a phase is one number for each head, or what calibration found for the number of keys that a sequence has at that
+call.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +15,8 @@ from fa_ops.attention import attention
 from fa_ops.reference import attention_reference
 from fa_ops.sparsity.config import PHASES, FlashSkipSoftmaxConfig
 from fa_ops.sparsity.counting import BlockCounts, count_dropped
-from fa_ops.sparsity.methods.base import (
-    DECODE,
-    MOST_THRESHOLD,
-    PREFILL,
-    Calibrated,
-    SparseAttentionMethod,
-    register_sparse_method,
-)
+from fa_ops.sparsity.curves import MOST_KNOTS, MOST_THRESHOLD, Calibrated
+from fa_ops.sparsity.methods.base import DECODE, PREFILL, SparseAttentionMethod, register_sparse_method
 
 DENSE, FIXED, CALIBRATED = range(3)
 
@@ -31,13 +25,13 @@ DENSE, FIXED, CALIBRATED = range(3)
 class FlashSkipSoftmax(SparseAttentionMethod):
     config_class: ClassVar[type] = FlashSkipSoftmaxConfig
     config: FlashSkipSoftmaxConfig
-    scale: Tensor  # (2, Hq) float32: λ, or λ of a single key
-    length_power: Tensor  # (2,) float32
+    fixed: Tensor  # (2, Hq) float32: λ of phases that are not calibrated
+    line: Tensor  # (2, 1 + 2 * MOST_KNOTS) float32: start, at and by of `Calibrated.bends`
 
     def __init__(self, config: FlashSkipSoftmaxConfig, num_heads: int, device: torch.device) -> None:
         super().__init__(config, num_heads, device)
-        self.register_buffer("scale", torch.zeros(2, num_heads, device=device), persistent=False)
-        self.register_buffer("length_power", torch.zeros(2, device=device), persistent=False)
+        self.register_buffer("fixed", torch.zeros(2, num_heads, device=device), persistent=False)
+        self.register_buffer("line", torch.zeros(2, 1 + 2 * MOST_KNOTS, device=device), persistent=False)
         self.set_thresholds(config.thresholds)
 
     @property
@@ -65,11 +59,12 @@ class FlashSkipSoftmax(SparseAttentionMethod):
         for index, phase in enumerate(PHASES):
             calibrated, thresholds = self.calibrated.get(phase), self.config.thresholds.get(phase)
             if calibrated is not None:
-                self.scale[index].fill_(calibrated.scale)
-                self.length_power[index].fill_(calibrated.length_power)
+                start, *bends = calibrated.bends()
+                padded = [row + [0.0] * (MOST_KNOTS - len(row)) for row in bends]
+                self.line[index].copy_(torch.tensor([start, *padded[0], *padded[1]]))
                 kinds.append(CALIBRATED if calibrated.target > 0 else DENSE)
             elif thresholds is not None:
-                self.scale[index].copy_(torch.tensor(thresholds))
+                self.fixed[index].copy_(torch.tensor(thresholds))
                 kinds.append(FIXED)
             else:
                 kinds.append(DENSE)
@@ -80,11 +75,12 @@ class FlashSkipSoftmax(SparseAttentionMethod):
         phase = DECODE if is_decoding else PREFILL
         if self.kinds[phase] == DENSE:
             return None
-        scale = self.scale[phase]
         if self.kinds[phase] == CALIBRATED:
-            keys = visible_keys.clamp(min=1)[:, None].to(torch.float32)
-            return (scale / keys ** self.length_power[phase]).clamp(max=MOST_THRESHOLD)
-        return scale.repeat(visible_keys.shape[0], 1)
+            start, at, by = self.line[phase].split((1, MOST_KNOTS, MOST_KNOTS))
+            log_keys = visible_keys.clamp(min=1)[:, None].to(torch.float32).log()
+            log_threshold = start + ((log_keys - at).clamp(min=0) * by).sum(-1, keepdim=True)
+            return log_threshold.exp().clamp(max=MOST_THRESHOLD).repeat(1, self.num_heads)
+        return self.fixed[phase].repeat(visible_keys.shape[0], 1)
 
     def apply_sparsity(
         self, q: Tensor, k: Tensor, v: Tensor, visible_keys: Tensor, is_decoding: bool, arguments: Mapping[str, Any]
@@ -107,7 +103,8 @@ class FlashSkipSoftmax(SparseAttentionMethod):
         return count_dropped(q, k, trials, (self.config.br, self.config.bc), **arguments)
 
     def get_threshold_info(self) -> dict[str, Any]:
-        """For each phase None, {"thresholds": [λ]}, or {"a", "b", "target", "length_power", "longest"}."""
+        """For each phase None, {"thresholds": [λ]}, or {"a", "b", "target", "longest", "threshold"}, the last one λ at
+        `longest` keys."""
         info: dict[str, Any] = {}
         for phase, kind in zip(PHASES, self.kinds, strict=True):
             if kind == DENSE:
@@ -115,5 +112,7 @@ class FlashSkipSoftmax(SparseAttentionMethod):
             elif kind == FIXED:
                 info[phase] = {"thresholds": self.config.thresholds[phase]}
             else:
-                info[phase] = asdict(self.calibrated[phase])
+                own = self.calibrated[phase]
+                info[phase] = {name: getattr(own, name) for name in ("a", "b", "target", "longest")}
+                info[phase]["threshold"] = own.threshold(own.longest)
         return info
