@@ -20,7 +20,30 @@ from fa_ops.kernels.primitives import (
     scan_lengths,
     score_scales,
 )
-from fa_ops.kernels.skip import load_log_threshold, row_margins, visit, visited_range
+from fa_ops.kernels.skip import load_log_threshold, row_margins, sees_block, visit
+
+
+@triton.jit
+def visited_range(
+    offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """(begin, end) from the first to the last of the visited blocks, which have a part in some orders. In a kernel that
+    writes where these decide, no function may find them (see primitives.py)."""
+    if HAS_KEY_MASK:
+        while (begin < end) & (not sees_block(
+            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            begin += BLOCK_N
+        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+        while (last > begin) & (not sees_block(
+            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
+            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )):  # fmt: skip
+            last -= BLOCK_N
+        end = tl.minimum(end, last + BLOCK_N)
+    return begin, end
 
 
 @triton.jit(do_not_specialize=(*COUNTS, "num_trials", "stride_ch", "stride_ct"))

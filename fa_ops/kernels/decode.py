@@ -108,7 +108,7 @@ def attention_decode_kernel(
 
     begin, _, _, end = key_range(0, 1, len_k, window_left, window_right, 1, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if SKIP_SOFTMAX and HAS_KEY_MASK:
-        # skip.visited_range, here since the blocks decide where block_bits are written (see primitives.py)
+        # counting.visited_range, here since the blocks decide where block_bits are written (see primitives.py)
         while (begin < end) & (not sees_block(
             offs_m, begin, start_k, 1, len_k, key_mask_ptr, window_left, window_right, stride_ms,
             BLOCK_N, HAS_LEFT, HAS_RIGHT,

@@ -46,29 +46,6 @@ def sees_block(
 
 
 @triton.jit
-def visited_range(
-    offs_m, begin, end, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """(begin, end) from the first to the last of the visited blocks, which have a part in some orders; for kernels that
-    do not write where these decide."""
-    if HAS_KEY_MASK:
-        while (begin < end) & (not sees_block(
-            offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            begin += BLOCK_N
-        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
-        while (last > begin) & (not sees_block(
-            offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )):  # fmt: skip
-            last -= BLOCK_N
-        end = tl.minimum(end, last + BLOCK_N)
-    return begin, end
-
-
-@triton.jit
 def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_first):
     """What a block's row maxima say of it, and make of the running maximum.
 

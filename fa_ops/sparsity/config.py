@@ -78,7 +78,8 @@ class CalibrationConfig:
     Attributes:
         target_sparse_ratio: share of the visited blocks to drop in "prefill" and in "decode", in [0, 1); 0 leaves a
             phase dense.
-        samples: number of texts that are run, divided over the lengths. More make it more exact.
+        samples: number of texts that are run, at least, divided over the lengths.
+        min_tokens: more texts are run until they hold so many tokens, as far as there are; fewer are not exact.
         max_seqlen: longest text, tokens; no longer than the model's own maximum.
         num_length_bins: number of lengths, each half of the one before; lengths of less than 8 blocks are left out. A
             causal model runs the longest alone, which has the shorter ones in it.
@@ -89,6 +90,7 @@ class CalibrationConfig:
 
     target_sparse_ratio: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.5))
     samples: int = 24
+    min_tokens: int = 49152
     max_seqlen: int = 32768
     num_length_bins: int = 4
     chunk_size: int = 2048
@@ -96,7 +98,7 @@ class CalibrationConfig:
     threshold_trials: tuple[float, ...] = DEFAULT_TRIALS
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_seqlen", "num_length_bins", "chunk_size", "num_decode_tokens"):
+        for name in ("samples", "min_tokens", "max_seqlen", "num_length_bins", "chunk_size", "num_decode_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: {value!r} given; accepted are integers from 1 on")

@@ -45,7 +45,7 @@ def token_windows(
             f"forward_loop: {len(stream)} tokens given; max_seqlen needs {lengths[0]}: give more text, or a smaller "
             "max_seqlen"
         )
-    samples = max(config.samples, len(lengths))
+    samples = max(config.samples, len(lengths), min(config.min_tokens, len(stream)) // lengths[0])
     windows = []
     for number in range(samples):
         size = lengths[number % len(lengths)]

@@ -15,7 +15,8 @@ import fa_ops.kernels
 from fa_ops.kernels import primitives
 from tests.support.problems import small_case
 
-OPAQUE = ("hopper", "tiles")  # modules of kernels behind opaque ops, which compiled programs call and do not hold
+# modules of kernels that compiled programs do not hold: those behind opaque ops, and calibration's
+OPAQUE = ("counting", "hopper", "tiles")
 
 
 def jit_functions() -> list[triton.JITFunction]:

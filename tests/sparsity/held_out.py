@@ -37,7 +37,6 @@ DECODED = 16  # tokens, a key block of them
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--samples", type=int, default=192, help="texts to calibrate on (192)")
     parser.add_argument("--windows", type=int, default=320, help="held-out texts of each length (320)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn from the training files (0)")
     return parser.parse_args()
@@ -81,12 +80,10 @@ def main() -> int:
     arguments = parse_arguments()
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     fields = {"backend": "triton", "br": 16, "bc": 16}
-    calibration = {
-        "max_seqlen": 256, "samples": arguments.samples, "target_sparse_ratio": dict.fromkeys(PHASES, TARGETS[0])
-    }  # fmt: skip
+    calibration = {"max_seqlen": 256, "target_sparse_ratio": dict.fromkeys(PHASES, TARGETS[0])}
     begin = time.perf_counter()
     mtsa.sparsify(model, {"sparse_cfg": {"*attn*": fields, "calibration": calibration}}, training_text(arguments.seed))
-    print(f"calibrated on {arguments.samples} texts of 256 tokens in {time.perf_counter() - begin:.0f} s")
+    print(f"calibrated at 256 tokens in {time.perf_counter() - begin:.0f} s")
     fits = {phase: own.fit for phase, own in state_of(model).calibration.items()}
     num_missed = 0
     for length in LENGTHS:

@@ -10,11 +10,13 @@ import torch
 
 import fa_ops.sparsity as mtsa
 from fa_ops.sparsity.attach import sparse_methods, state_of
+from fa_ops.sparsity.config import CalibrationConfig
 from fa_ops.sparsity.plots import plot_calibration, plot_dropped_shares, plot_quality
+from fa_ops.sparsity.texts import token_windows
 from tests.sparsity.models import config_of, logits, sharp_model, tokens
 
 STREAM = tokens(6000, rows=1, seed=3)[0]
-SETTINGS = {"max_seqlen": 256, "samples": 16, "num_decode_tokens": 6, "num_length_bins": 2}
+SETTINGS = {"max_seqlen": 256, "samples": 16, "min_tokens": 1, "num_decode_tokens": 6, "num_length_bins": 2}
 TARGETS = {"prefill": 0.2, "decode": 0.5}
 UNREACHABLE = (
     r"'prefill'\]: 0.9 given; the largest share seen, at λ = 0.99, is 0.\d+ at 256 keys, 0.\d+ at 128 keys: lower the "
@@ -30,6 +32,18 @@ def calibrated(texts=(STREAM,), targets=TARGETS, **settings):
 @pytest.fixture(scope="module")
 def model():
     return calibrated()
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "number"), [(1, 4), (1000, 7), (10**6, 46)], ids=["samples", "min_tokens", "all_of_the_text"]
+)
+def test_short_texts_are_more(min_tokens, number):
+    config = CalibrationConfig(samples=4, min_tokens=min_tokens)
+    windows = token_windows([STREAM], None, 10**6, config, [128])
+    assert len(windows) == number
+    assert {len(window) for window in windows} == {128}
+    assert torch.equal(windows[0], STREAM[:128])
+    assert torch.equal(windows[-1], STREAM[-128:])
 
 
 @pytest.mark.parametrize("length", [128, 192, 256])

@@ -149,7 +149,9 @@ def test_what_the_model_does_not_allow_is_named(example, flags, text_folder, tmp
     with pytest.raises(ValueError, match=r"--text: .* tokens are held out, accepted are --seq_len=5000 or more"):
         example.load_text(text_folder, example.load_tokenizer(tmp_path, 257), 5000, 0)
     assert example.main([*flags, *CALIBRATED, "--target_sparse_ratio", "0.95"]) == 1
-    assert "target_sparse_ratio['prefill']: 0.95 given; the largest share seen is" in capsys.readouterr().err
+    assert (
+        "target_sparse_ratio['prefill']: 0.95 given; the largest share seen, at λ = 0.99, is" in capsys.readouterr().err
+    )
 
 
 def test_calibration_does_not_see_what_is_measured(example, tmp_path):
