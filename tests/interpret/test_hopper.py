@@ -54,7 +54,7 @@ def launches(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if n % 12 else (), id=str(case)) for n, case in enumerate(CASES)]
+    "case", [pytest.param(case, marks=pytest.mark.slow if n % 24 else (), id=str(case)) for n, case in enumerate(CASES)]
 )
 def test_accuracy(case: Case, launches):
     check_case(fa_ops.attention, case, has_backward=False)
