@@ -28,7 +28,7 @@ LEAST_SHARE, MOST_SHARE = 0.1, 0.9
 LARGEST_ERROR, NOTABLE_ERROR = 0.1, 0.03
 CHECKED_EVERY = 4
 SHOWN_LENGTHS = (0.5, 1.0)  # of the longest counted
-STRETCHES = 16  # of a call, each with num_decode_tokens rows that decoding is counted at
+STRETCHES = 4  # of a call, each with num_decode_tokens rows that decoding is counted at
 GOLDEN = 0.6180339887  # its multiples spread evenly within 1, however many there are
 
 

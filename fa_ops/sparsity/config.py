@@ -84,7 +84,7 @@ class CalibrationConfig:
         num_length_bins: number of lengths, each half of the one before; lengths of less than 8 blocks are left out. A
             causal model runs the longest alone, which has the shorter ones in it.
         chunk_size: tokens that a prefill is run in at a time, tokens; rounded up to whole blocks.
-        num_decode_tokens: rows of each sixteenth of a prefill call that decoding is counted at.
+        num_decode_tokens: rows of each quarter of a prefill call that decoding is counted at.
         threshold_trials: the λ that are counted, ascending, in (0, 1).
     """
 
