@@ -18,7 +18,7 @@ from fa_ops.kernels.primitives import (
     load_rows,
     padded_tile,
     scan_lengths,
-    score_scales,
+    turn_queries,
 )
 from fa_ops.kernels.skip import load_log_threshold, row_margins, sees_block, visit
 
@@ -90,13 +90,8 @@ def count_kept_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     q = load_own_rows(q_ptr, stride_qt, start_q + m0, offs_tile, rows_q, offs_d, HEAD_DIM, BLOCK_D)
-    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
-    if softmax_scale < 0:
-        q = -q
-        cap_scale = -cap_scale
-        if not HAS_SOFTCAP:
-            scale = -scale
-    scale = tl.maximum(scale, 1e-30)
+    q, cap_scale, scale = turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP)
+    scale = tl.maximum(scale, 1e-30)  # 0 * -inf is NaN
 
     offs_t = tl.arange(0, BLOCK_TRIALS)
     # behind the trials -inf, which drops nothing

@@ -26,9 +26,9 @@ from fa_ops.kernels.primitives import (
     load_own_rows,
     padded_tile,
     scan_lengths,
-    score_scales,
     store_rows,
     tanh,
+    turn_queries,
     wrap_rows,
 )
 from fa_ops.kernels.skip import load_log_threshold, mark_kept, row_margins, sees_block, visit
@@ -235,14 +235,8 @@ def attention_forward_kernel(
     is_row = offs_m < len_q
     first = start_q + m0
     q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    # rowmax(S) is taken before scaling, which needs a scale that is not negative; and 0 * -inf is NaN
-    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
-    if softmax_scale < 0:
-        q = -q
-        cap_scale = -cap_scale
-        if not HAS_SOFTCAP:
-            scale = -scale
-    positive_scale = tl.maximum(scale, 1e-30)
+    q, cap_scale, scale = turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP)
+    positive_scale = tl.maximum(scale, 1e-30)  # 0 * -inf is NaN
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
