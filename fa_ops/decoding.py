@@ -86,5 +86,5 @@ def launch(
         part_out, part_lse, out, lse, index[0], index[1], lse if sinks is None else sinks, num_seqs, rows_q, num_splits,
         *strides_of(out), *lse_strides(lse),
         HEAD_DIM_V=v.shape[-1], BLOCK_DV=block_dim(v.shape[-1]), HAS_SINKS=sinks is not None, IS_PACKED=q.dim() == 3,
-        num_warps=4, num_stages=1,
+        num_warps=8, num_stages=1,
     )  # fmt: skip

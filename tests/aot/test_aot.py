@@ -87,7 +87,7 @@ def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combine(arch: str):
-    check("combine", arch, Tile(1, 16, 4, 1), "bf16", 256, HAS_SINKS=True)
+    check("combine", arch, Tile(1, 16, 8, 1), "bf16", 256, HAS_SINKS=True)
 
 
 @pytest.mark.parametrize("paging", [1, 2], ids=["whole_blocks", "single_keys"])
