@@ -121,7 +121,8 @@ def attention(
             "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
             "threshold or False"
         )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
+    may_need_grad = block_table is not None and torch.is_grad_enabled()
+    if may_need_grad and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
         checks.check_no_backward(block_table)
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fa_ops.kernels import tier
+from fa_ops.launching import multi_processors
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
@@ -107,11 +108,6 @@ def _triton_version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     """What the copy engine needs to know of t, packed or padded, to read tiles (1, 1, 1, block_rows, D) of one head
     inside one sequence: rows past the sequence's end come as zeros.
@@ -172,7 +168,7 @@ def launch(
             q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
             ROWS.value * tile.consumers, tile.block_n,
         )  # fmt: skip
-        hopper_forward_kernel[(min(_num_processors(q.device), bound * heads),)](
+        hopper_forward_kernel[(min(multi_processors(q.device), bound * heads),)](
             ragged_descriptor(q, ROWS.value), ragged_descriptor(k, tile.block_n), ragged_descriptor(v, tile.block_n),
             out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
             HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages, CONSUMERS=tile.consumers,

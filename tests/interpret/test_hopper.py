@@ -47,7 +47,7 @@ def launches(monkeypatch) -> list:
 
     monkeypatch.setattr(hopper, "refusal", hopper.unsupported)
     monkeypatch.setattr(hopper, "forward", forward)
-    monkeypatch.setattr(hopper, "_num_processors", lambda device: PROGRAMS)
+    monkeypatch.setattr(hopper, "multi_processors", lambda device: PROGRAMS)
     emulated = EmulatedKernel(kernels, "hopper_forward_kernel")
     monkeypatch.setattr(kernels, "hopper_forward_kernel", emulated)
     return taken
@@ -134,7 +134,7 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
     inputs = small_case(lens_q=(300, 150), dtype=torch.float16, head_dim=64, value_dim=64).build()
     expected = evaluate_forward(fa_ops.attention, inputs)
     for seed, programs in enumerate((1, 2, 7), 1):
-        monkeypatch.setattr(hopper, "_num_processors", lambda device, n=programs: n)
+        monkeypatch.setattr(hopper, "multi_processors", lambda device, n=programs: n)
         monkeypatch.setattr(kernels.hopper_forward_kernel, "seed", seed)
         found = evaluate_forward(fa_ops.attention, inputs)
         assert_same_bits(found, expected, f"with {programs} programs")
