@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fa_ops.kernels.tier import TIER
 from fa_ops.launching import (
     HAS_TRITON,
     leading_strides,
@@ -39,7 +38,7 @@ def select_splits(q: Tensor, k: Tensor, block_table: Tensor | None, is_skipping:
     As many as half of the device's multiprocessors, of at least MIN_SPLIT_KEYS keys each, or of a segment each with
     skip-softmax: from the device and the room for keys alone. Tests replace this function to choose for themselves.
     """
-    if TIER != "preview" or not _is_decoding(q, block_table):
+    if not _is_decoding(q, block_table):
         return None
     unit = DECODE_SEGMENT if is_skipping else MIN_SPLIT_KEYS
     extent = key_extent(k, block_table)

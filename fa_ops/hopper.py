@@ -30,8 +30,8 @@ _library.define(
 
 def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
-    if tier.TIER != "preview":
-        return f"FA_OPS_KERNEL is {tier.TIER!r}"
+    if tier.TIER == "portable":
+        return "FA_OPS_KERNEL is 'portable'"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"{q.device} is not of sm_90"
     if _triton_version() not in TRITON_VERSIONS:

@@ -150,11 +150,8 @@ def test_group_sizes(group_size: int, split):
     check_case(fa_ops.attention, decoding_case((50,), group_size=group_size))
 
 
-def test_nobody_splits_unless_asked(monkeypatch):
+def test_number_of_splits():
     q, k = torch.randn(2, 1, 4, 16), torch.randn(2, 9000, 2, 16)
-    monkeypatch.setattr(decoding, "TIER", "portable")
-    assert decoding.select_splits(q, k, None, False) is None
-    monkeypatch.setattr(decoding, "TIER", "preview")
     assert decoding.select_splits(q, k, None, False) == 8
     assert decoding.select_splits(q, k, None, True) == 5
     assert decoding.select_splits(q, k[:, :1], None, False) == 1

@@ -98,7 +98,7 @@ def test_the_log_says_which_kernel_runs(caplog, request):
         inputs.call(fa_ops.attention, inputs.q, inputs.k, inputs.v)
         inputs.call(fa_ops.attention, inputs.q, inputs.k, inputs.v, softcap=2.0)
     assert caplog.messages == [
-        "varlen_attention: forward kernel, since FA_OPS_KERNEL is 'portable'",
+        "varlen_attention: forward kernel, since cpu is not of sm_90",
         "varlen_attention: sm_90 kernel",
         "varlen_attention: forward kernel, since softcap",
     ]
