@@ -163,6 +163,8 @@ def launch(
         return out, lse
     q, k, v = (_for_copy_engine(t) for t in (q, k, v))
     tile = HOPPER_TILES[q.shape[-1]]
+    if window_right < 0:
+        window_right = rows_q  # hides nothing
     with torch.cuda.device_of(q):
         tiles, bound = tile_list(
             q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
@@ -173,7 +175,7 @@ def launch(
             out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
             HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages, CONSUMERS=tile.consumers,
             CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
-            HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, num_warps=4,
+            HAS_LEFT=window_left >= 0, num_warps=4,
         )  # fmt: skip
     return out, lse
 

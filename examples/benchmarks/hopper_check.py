@@ -69,8 +69,7 @@ def check(head_dim: int, name: str) -> bool:
         b_start_loc_k=starts[1], b_seq_len_k=lens[1], max_input_len_k=0, **options,
     )  # fmt: skip
     error, portable_error = (
-        float((out.double() - exact).abs().max())
-        for out in (found, attend(q, k, v, *lens, is_hopper=False, **options))
+        float((out.double() - exact).abs().max()) for out in (found, attend(q, k, v, *lens, is_hopper=False, **options))
     )
     is_right = error <= 2 * portable_error
     print(f"error {error:.2e}, portable kernel {portable_error:.2e}{'' if is_right else ' WRONG'}", end=" ")

@@ -14,9 +14,7 @@ TIERS = ("auto", "portable", "preview")
 def read_tier(environment: Mapping[str, str]) -> str:
     tier = environment.get(VARIABLE, "auto")
     if tier not in TIERS:
-        raise ValueError(
-            f"{VARIABLE}: {tier!r} given in the environment; accepted are {', '.join(map(repr, TIERS))}"
-        )
+        raise ValueError(f"{VARIABLE}: {tier!r} given in the environment; accepted are {', '.join(map(repr, TIERS))}")
     return tier
 
 

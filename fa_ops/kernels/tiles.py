@@ -45,6 +45,7 @@ def tile_list_kernel(
     if tile == tiles - 1:
         # only the last one has always scanned all lengths, or as many as there can be tiles of
         tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD, used)
+        tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD + 1, 0)
     if seq >= num_seqs:
         return
     start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)

@@ -28,7 +28,7 @@ def compile_forward(
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
         "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
-        "HAS_LEFT": False, "HAS_RIGHT": True, **flags,
+        "HAS_LEFT": False, **flags,
     }  # fmt: skip
     tensor = torch.empty((4, 2, head_dim), dtype=dtype)
     types = {
@@ -97,7 +97,6 @@ def test_tile_list(is_packed: bool, index_dtype: str):
     ("head_dim", "dtype", "flags"),
     [
         *[(head_dim, torch.float16, {}) for head_dim in HOPPER_TILES],
-        *[(head_dim, torch.bfloat16, {"HAS_RIGHT": False}) for head_dim in HOPPER_TILES],
         *[(head_dim, torch.bfloat16, {"HAS_LEFT": True}) for head_dim in HOPPER_TILES if head_dim <= 128],
     ],
     ids=str,

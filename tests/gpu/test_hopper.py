@@ -1,7 +1,7 @@
 """The forward kernel for sm_90 on a GPU: results, races, hangs.
 
-It does not run with FA_OPS_KERNEL=portable in the environment. A kernel that hangs cannot be interrupted, so a test that
-takes too long ends its process. `examples/benchmarks/hopper_check.py` goes first, from the smallest case up.
+It does not run with FA_OPS_KERNEL=portable in the environment. A kernel that hangs cannot be interrupted, so a test
+that takes too long ends its process. `examples/benchmarks/hopper_check.py` goes first, from the smallest case up.
 """
 
 import itertools

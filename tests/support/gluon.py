@@ -21,6 +21,7 @@ from torch import Tensor
 HANG_SECONDS = 20.0
 COPY_SECONDS = PRODUCT_SECONDS = 1e-3  # at most
 PAUSE_SECONDS = 1e-4  # before a wait, at most
+POISON = -(2**31)  # integers that nobody has written
 
 
 class EmulationError(AssertionError):
@@ -115,6 +116,12 @@ class _Shared:
     def index(self, i: int) -> Any:
         return _Shared(self.values[i])
 
+    def load(self, layout) -> Tensor:
+        return self.values.clone()
+
+    def store(self, value: Tensor) -> None:
+        self.values.copy_(value)
+
     def reshape(self, shape) -> "_Shared":
         return _Shared(self.values.view(tuple(shape)))
 
@@ -207,11 +214,12 @@ class _Program:
 
         return types.SimpleNamespace(
             float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
-            constexpr=None, static_range=range,
+            int32=torch.int32, constexpr=None, static_range=range,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None, atomic_add=_atomic_add,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
-            load=lambda pointer: int(pointer.memory[pointer.offset]), store=_store,
+            load=_load, store=_store,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -225,8 +233,8 @@ class _Program:
         if layout == "barrier":
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
-            return _Shared(barriers)
-        return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+            return _Shared(barriers if len(shape) == 2 else barriers[0])
+        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else POISON, dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
         roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
@@ -316,12 +324,24 @@ class _Program:
         return values[0] if len(values) == 1 else values
 
 
+def _load(pointer: _Pointer) -> int:
+    if not 0 <= pointer.offset < len(pointer.memory):
+        raise EmulationError(f"element {pointer.offset} of {len(pointer.memory)} is read")
+    return int(pointer.memory[pointer.offset])
+
+
 def _store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
     value, mask, at = torch.broadcast_tensors(value, mask, pointer.offset)
     at = at[mask]
     if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(pointer.memory)):
         raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(pointer.memory)} are written")
     pointer.memory[at] = value[mask]
+
+
+def _atomic_add(pointer: _Pointer, value: int, sem: str) -> int:
+    before = int(pointer.memory[pointer.offset])
+    pointer.memory[pointer.offset] += value
+    return before
 
 
 def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
