@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from cases import FLOP_FACTOR
 from report import Row
 
 COLORS = {
     "fa_ops": "#d62728",
+    "fa_ops_portable": "#e6a8a8",
     "sdpa_cudnn": "#76b900",
     "sdpa_flash": "#1f77b4",
     "flex_attention": "#9467bd",
@@ -24,7 +26,7 @@ def write_plot(rows: list[Row], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if "tflops" in row]
+    timed = [row for row in rows if "tflops" in row and row["direction"] in FLOP_FACTOR]
     by_length = [row for row in timed if row["device"] == "cuda" and is_in_length_plot(row)]
     figure = length_panels(by_length, pyplot) if by_length else case_panels(timed, pyplot)
     figure.suptitle(title, fontsize=10)
