@@ -70,7 +70,9 @@ def case_part(case: Case, externals: dict[str, Prepare], device: str, clock: Clo
 
 def copy_part(device: str, clock: Clock, rounds: int, size: int = decode.COPIED_BYTES) -> Part:
     planned = decode.planned_copy(size)
-    return Part(f"decode: {planned['case']} beside it", [planned], lambda: decode.bench_copy(device, clock, rounds, size))
+    return Part(
+        f"decode: {planned['case']} beside it", [planned], lambda: decode.bench_copy(device, clock, rounds, size)
+    )
 
 
 def decode_part(case: decode.DecodeCase, device: str, clock: Clock, rounds: int) -> Part:

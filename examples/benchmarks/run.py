@@ -16,7 +16,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import goals
@@ -27,7 +28,7 @@ from comparing import error_text
 from environment import describe, device_kind
 from parts import Part, cpu_parts, cuda_parts
 from peers import load_external
-from plot import write_plot
+from plot import is_drawn, write_plot
 from report import Row, add_ratios, bar_lines, table, twin_lines, write_csv
 from timing import CpuClock, CudaClock
 
@@ -130,16 +131,14 @@ def write_goals(rows: list[Row], path: Path, options: argparse.Namespace) -> Non
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
     """TFLOP/s, and the speed-up of skip-softmax over the share that it drops, as far as they have been measured."""
-    pictures = {
-        path.with_suffix(".png"): lambda target: write_plot(rows, target, title),
-        path.with_name(f"sparsity-{path.name}.png"): lambda target: sparsity.plot(skip_rows(rows), target),
-    }
-    is_measured = (any("tflops" in row for row in rows), any("speed_over_dense" in row for row in rows))
-    if not any(is_measured):
+    pictures: dict[Path, Callable[[Path], None]] = {}
+    if any(is_drawn(row) for row in rows):
+        pictures[path.with_suffix(".png")] = partial(write_plot, rows, title=title)
+    if any("speed_over_dense" in row for row in rows):
+        pictures[path.with_name(f"sparsity-{path.name}.png")] = partial(sparsity.plot, skip_rows(rows))
+    if not pictures:
         print("no plot: nothing was timed", file=sys.stderr)
-    for (target, draw), exists in zip(pictures.items(), is_measured, strict=True):
-        if not exists:
-            continue
+    for target, draw in pictures.items():
         try:
             draw(target)
         except ImportError as error:

@@ -3,28 +3,12 @@
 import csv
 import importlib
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-MODULES = (
-    "cases", "timing", "report", "peers", "comparing", "memory", "environment", "plot", "structured", "sparsity",
-    "decode", "prefill", "parts", "goals", "run", "tune_portable",
-)  # fmt: skip
 CPU_IMPLS = ("fa_ops", "sdpa_sum", "sdpa_loop", "sdpa_padded")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark's modules, importable only while the tests of this file run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        del sys.modules[name]
 
 
 def tiny_case(bench, is_causal=True, impls=CPU_IMPLS, lengths=(5, 33, 16), num_heads_kv=2):
@@ -87,22 +71,6 @@ def test_a_peer_that_differs_and_one_that_raises_are_reported(bench):
     assert by_impl["torch_varlen"]["error"]
     assert by_impl["wrong"]["error"].startswith("differs from fa_ops by ")
     assert by_impl["wrong"]["median_ms"] > 0
-
-
-@pytest.fixture
-def counting_clock(bench):
-    class CountingClock(bench.timing.CpuClock):
-        """Every reading is one millisecond after the one before."""
-
-        now = 0
-
-        def start(self):
-            self.now += 1_000_000
-            return self.now
-
-        stop = start
-
-    return CountingClock()
 
 
 def test_interleave_takes_turns_and_drops_the_first_round(bench, counting_clock):
