@@ -159,7 +159,7 @@ def measured(goal: Goal, rows: dict[tuple[str, ...], Row], device: str, absent: 
         error = row.get("error") or ours.get("error")
         if row.get(figure.column) in (None, ""):
             if figure.is_judged:
-                reason = str(error or row.get("skipped") or f"{figure.column} is missing")
+                reason = str(error or row.get("skipped") or f"{figure.column} is missing, see the CSV")
                 return reason if reason.startswith("not run") else f"not run: {reason}", "–"
             continue
         value = figure.derive(float(row[figure.column]))

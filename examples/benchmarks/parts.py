@@ -39,23 +39,23 @@ def cuda_parts(quick: bool, externals: dict[str, Prepare], clock: Clock, rounds:
     """The goals' parts come first: a time limit cuts the end."""
     dense = [case_part(case, externals, "cuda", clock, rounds) for case in goal_cases().values()]
     decodings = [decode_part(case, "cuda", clock, rounds) for case in decode.decode_cases()]
-    skips = {case.lengths[0]: skip_part(case, "cuda", clock) for case in sparsity.cases("cuda")}
+    skip_8k, skip_32k, skip_128k = (skip_part(case, "cuda", clock) for case in sparsity.cases("cuda"))
     first = [
         copy_part("cuda", clock, rounds),
         overhead_part("cuda"),
         *dense[:6],
         *decodings[:4],
-        skips[32768],
+        skip_32k,
         *dense[6:8],
         *prefill_parts("cuda", clock),
         *decodings[4:6],
         *dense[8:],
-        skips[8192],
+        skip_8k,
     ]
     if quick:
         return first
     more = [case_part(case, externals, "cuda", clock, rounds) for case in more_cases()]
-    return [*first, *decodings[6:], *more[:4], skips[131072], *more[4:]]
+    return [*first, *decodings[6:], *more[:4], skip_128k, *more[4:]]
 
 
 def case_part(case: Case, externals: dict[str, Prepare], device: str, clock: Clock, rounds: int) -> Part:

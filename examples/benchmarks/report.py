@@ -78,7 +78,7 @@ def write_csv(rows: list[Row], path: Path, columns: Sequence[str] = COLUMNS) -> 
 def table(rows: list[Row]) -> str:
     """Every timed row; those where fa_ops is slower than the row's implementation are marked with a `<`."""
     lines = [
-        f"{'case':28} {'dtype':9} {'heads':>7} {'D':>4} {'direction':16} {'impl':15} "
+        f"{'case':35} {'dtype':9} {'heads':>7} {'D':>4} {'direction':17} {'impl':19} "
         f"{'median ms':>10} {'min':>9} {'max':>9} {'TFLOP/s':>8} {'ours/impl':>9} {'of min':>6}"
     ]
     previous = None
@@ -92,7 +92,7 @@ def table(rows: list[Row]) -> str:
 
 def table_line(row: Row) -> str:
     heads = f"{row['num_heads_q']}/{row['num_heads_kv']}"
-    start = f"{row['case']:28} {row['dtype']:9} {heads:>7} {row['head_dim']:>4} {row['direction']:16} {row['impl']:15} "
+    start = f"{row['case']:35} {row['dtype']:9} {heads:>7} {row['head_dim']:>4} {row['direction']:17} {row['impl']:19} "
     if "peak_extra_mib" in row:
         return start + f"{row['peak_extra_mib']:10.1f} MiB beyond inputs and outputs"
     if "median_ms" not in row:
