@@ -92,7 +92,10 @@ def prefill_parts(device: str, clock: Clock) -> list[Part]:
     models: dict[str, object] = {}  # made by the first of the parts that is run, freed behind the last
 
     def measure(layout: str) -> list[Row]:
-        models.update(models or prefill.make_models(device))
+        try:
+            models.update(models or prefill.make_models(device))
+        except ImportError as error:
+            return [row | {"skipped": f"not run: {error_text(error)}"} for row in prefill.planned(layout)]
         try:
             return prefill.bench_prefill(models, layout, clock)
         finally:

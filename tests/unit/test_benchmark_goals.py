@@ -102,6 +102,14 @@ class TestPrefill:
         assert ["median_ms" in row for row in rows] == [False, True] * 2
 
 
+def test_without_transformers_prefill_is_left_out(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    rows = [row for part in bench.parts.prefill_parts("cpu", bench.timing.CpuClock()) for row in part.measure()]
+    assert len(rows) == 12
+    assert all(row["skipped"].startswith("not run: ModuleNotFoundError: import of transformers") for row in rows)
+
+
 def test_the_portable_tier_holds_forward_and_backward_and_ends(bench, monkeypatch):
     seen = []
     monkeypatch.setattr(tier, "TIER", "another")
