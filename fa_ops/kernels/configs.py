@@ -107,5 +107,5 @@ def select_tile(
         return Tile(tile.block_m, block_k, 8 if is_large else 4, 1)
     if kernel != "forward":
         return tile._replace(block_m=min(tile.block_m, block_q), block_n=min(tile.block_n, block_k))
-    is_large = block_q * (block_dim(widest) + block_k) * (1 + is_float32) > 64 * 128
-    return Tile(block_q, block_k, 8 if is_large else 4, 1)
+    is_large = block_q * (block_dim(widest) + block_k) * (1 + is_float32) > 64 * 256
+    return Tile(block_q, min(tile.block_n, block_k), 8 if is_large else 4, tile.num_stages)

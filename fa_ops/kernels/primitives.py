@@ -158,19 +158,6 @@ def score_scales(softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(q, cap_scale, scale) of `score_scales` with a scale that is not negative, which the sign of q makes up for: row
-    maxima are taken before scaling."""
-    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
-    if softmax_scale < 0:
-        q = -q
-        cap_scale = -cap_scale
-        if not HAS_SOFTCAP:
-            scale = -scale
-    return q, cap_scale, scale
-
-
-@triton.jit
 def dot_rows(a, b):
     """a b^T, summed over the head dimension. In float32 PART columns at a time, for the reason that `add_dot` gives."""
     if a.dtype == tl.float32 and a.shape[1] > PART:

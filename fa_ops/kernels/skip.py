@@ -17,6 +17,7 @@ from fa_ops_meta import skip
 
 DECODE_SEGMENT = tl.constexpr(skip.DECODE_SEGMENT)
 BITS_PER_WORD = tl.constexpr(skip.BITS_PER_WORD)
+STEPS = tl.constexpr(32)  # whose decisions a program holds at a time, as the bits of an int32
 
 
 @triton.jit
@@ -58,8 +59,7 @@ def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_
         segment = n0 // DECODE_SEGMENT
     margins = (s_max - m_before) * scale
     m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
-    if is_first:
-        m_first = m_before
+    m_first = tl.where(is_first, m_before, m_first)
     return margins, has_vote, m_before, m_first, segment
 
 
@@ -69,6 +69,13 @@ def load_log_threshold(ptr, mask=None):
     threshold = tl.load(ptr, mask=mask, other=None if mask is None else 0.0)
     is_valid = (threshold > 0.0) & (threshold < 1.0)
     return tl.where(is_valid, tl.log(tl.where(is_valid, threshold, 0.5)), float("-inf"))
+
+
+@triton.jit
+def lowest_bit(word):
+    """The number of the lowest bit that is set in a positive integer."""
+    power = (word & -word).to(tl.uint32).to(tl.float32)
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
