@@ -126,25 +126,30 @@ def _attend_sparsely(
     segment = -1
     count = tl.cdiv(tl.maximum(end - begin, 0), SKIP_BLOCK_K)
     offs_step = tl.arange(0, STEPS)
+    PARTS: tl.constexpr = SKIP_BLOCK_K // BLOCK_N  # tiles of a block
     for first_step in tl.range(0, count, STEPS):
         has_vote = tl.zeros([BLOCK_M], tl.int32)
         is_kept = has_vote
         m_new = m_i
-        for step in tl.range(0, tl.minimum(count - first_step, STEPS)):
-            n0 = begin + visit(first_step + step, count, VISIT_ORDER) * SKIP_BLOCK_K
+        s_max = m_i
+        for part in tl.range(0, tl.minimum(count - first_step, STEPS) * PARTS):
+            step = part // PARTS
+            n_block = begin + visit(first_step + step, count, VISIT_ORDER) * SKIP_BLOCK_K
+            n0 = n_block + part % PARTS * BLOCK_N
             s, _ = _masked_scores(
                 q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
                 block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
-                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, SKIP_BLOCK_K,
+                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, False,
             )  # fmt: skip
-            s_max = tl.max(s, 1)
-            margins, votes, m_before, m_first, segment = row_margins(
-                s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, m_first == float("-inf")
-            )
-            has_vote |= votes.to(tl.int32) << step
-            is_kept |= (votes & ((margins < log_threshold) == 0)).to(tl.int32) << step
-            m_new = tl.maximum(m_new, s_max)
+            s_max = tl.maximum(tl.max(s, 1), tl.where(part % PARTS == 0, float("-inf"), s_max))
+            if part % PARTS == PARTS - 1:
+                margins, votes, m_before, m_first, segment = row_margins(
+                    s_max, offs_m, n_block, len_q, scale, m_before, m_first, segment, m_first == float("-inf")
+                )
+                has_vote |= votes.to(tl.int32) << step
+                is_kept |= (votes & ((margins < log_threshold) == 0)).to(tl.int32) << step
+                m_new = tl.maximum(m_new, s_max)
         visited = tl.max((has_vote[:, None] >> offs_step[None, :]) & 1, 0)
         kept = tl.max((is_kept[:, None] >> offs_step[None, :]) & 1, 0)
         num_visited += tl.sum(visited, 0)
@@ -159,10 +164,10 @@ def _attend_sparsely(
         l_i = l_i * alpha
         m_i = m_new
         steps = tl.sum(kept.to(tl.int64) << offs_step, 0)
-        for part in tl.range(0, num_kept * (SKIP_BLOCK_K // BLOCK_N)):
-            part = part % (SKIP_BLOCK_K // BLOCK_N)
-            n0 = begin + visit(first_step + lowest_bit(steps), count, VISIT_ORDER) * SKIP_BLOCK_K + part * BLOCK_N
-            steps = tl.where(part == SKIP_BLOCK_K // BLOCK_N - 1, steps & (steps - 1), steps)
+        for part in tl.range(0, num_kept * PARTS):
+            n_block = begin + visit(first_step + lowest_bit(steps), count, VISIT_ORDER) * SKIP_BLOCK_K
+            n0 = n_block + part % PARTS * BLOCK_N
+            steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
             s, v = _masked_scores(
                 q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr,
                 key_mask_ptr, block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb,
@@ -287,8 +292,8 @@ def attention_forward_kernel(
             PAGING, VISIT_ORDER, SKIP_BLOCK_K,
         )  # fmt: skip
         counts_ptr += batch * tl.num_programs(1) + head
-        tl.atomic_add(counts_ptr, num_visited.to(tl.int64))
-        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64))
+        tl.atomic_add(counts_ptr, num_visited.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64), sem="relaxed")
     else:
         for n0 in tl.range(begin, end, BLOCK_N):
             s, v = _masked_scores(

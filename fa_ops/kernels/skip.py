@@ -82,7 +82,7 @@ def lowest_bit(word):
 def mark_kept(row_ptr, block, mask=None):
     """Sets the block's bit in the block_bits of its query tile; of those tiles, with a mask, where it is true."""
     word = block // BITS_PER_WORD
-    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD), mask=mask)
+    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD), mask=mask, sem="relaxed")
 
 
 @triton.jit
