@@ -31,7 +31,16 @@ from fa_ops.kernels.primitives import (
     tanh,
     wrap_rows,
 )
-from fa_ops.kernels.skip import STEPS, load_log_threshold, lowest_bit, mark_kept, row_margins, sees_block, visit
+from fa_ops.kernels.skip import (
+    STEPS,
+    load_log_threshold,
+    lowest_bit,
+    mark_kept,
+    pack_bits,
+    row_margins,
+    sees_block,
+    visit,
+)
 
 
 @triton.jit
@@ -163,7 +172,7 @@ def _attend_sparsely(
         acc = acc * alpha[:, None]
         l_i = l_i * alpha
         m_i = m_new
-        steps = tl.sum(kept.to(tl.int64) << offs_step, 0)
+        steps = pack_bits(kept)
         for part in tl.range(0, num_kept * PARTS):
             n_block = begin + visit(first_step + lowest_bit(steps), count, VISIT_ORDER) * SKIP_BLOCK_K
             n0 = n_block + part % PARTS * BLOCK_N

@@ -84,6 +84,18 @@ def is_visible(
 
 
 @triton.jit
+def sees_keys(offs_m, len_q, len_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether a row sees a key of its sequence, holes aside."""
+    sees = offs_m < len_q
+    position = offs_m + (len_k - len_q)
+    if HAS_LEFT:
+        sees = sees & (position - window_left < len_k)
+    if HAS_RIGHT:
+        sees = sees & (position + window_right >= 0)
+    return sees
+
+
+@triton.jit
 def key_range(
     m0, len_q, len_k, window_left, window_right,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,

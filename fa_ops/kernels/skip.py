@@ -72,6 +72,12 @@ def load_log_threshold(ptr, mask=None):
 
 
 @triton.jit
+def pack_bits(flags):
+    """STEPS zeros and ones as the bits of an int64, the first the lowest."""
+    return tl.sum(flags.to(tl.int64) << tl.arange(0, STEPS), 0)
+
+
+@triton.jit
 def lowest_bit(word):
     """The number of the lowest bit that is set in a positive integer."""
     power = (word & -word).to(tl.uint32).to(tl.float32)
@@ -86,9 +92,10 @@ def mark_kept(row_ptr, block, mask=None):
 
 
 @triton.jit
-def was_kept(row_ptr, block):
+def was_kept(row_ptr, block, mask):
+    """1 for a block that is kept, 0 for one that is not or outside of the mask; `row_ptr` and `block` broadcast."""
     word = block // BITS_PER_WORD  # no remainder: the interpreter knows none of an int by a constexpr
-    return (tl.load(row_ptr + word) >> (block - word * BITS_PER_WORD)) & 1 != 0
+    return (tl.load(row_ptr + word, mask=mask, other=0) >> (block - word * BITS_PER_WORD)) & 1
 
 
 @triton.jit
