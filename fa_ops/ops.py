@@ -47,6 +47,8 @@ if HAS_TRITON:
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED = 2**30  # keys, of a window
+
 
 def _varlen_attention(
     q: Tensor,
@@ -137,7 +139,8 @@ def _varlen_attention(
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n if skip_blocks is None else skip_softmax_block_k),
+            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            PAGING=paging(k, block_table, tile.block_n if skip_blocks is None else skip_softmax_block_k),
             SKIP_SOFTMAX=skip_blocks is not None, SKIP_BLOCK_K=0 if skip_blocks is None else skip_softmax_block_k,
             VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
             LEAVES_SINGLE_ROWS=num_splits is not None,
@@ -204,6 +207,8 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
+    # full attention, too, has a window on the right: the kernels without one compile into products that do not overlap
+    right = UNLIMITED if right < 0 else right
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
@@ -226,7 +231,7 @@ def _varlen_attention_backward(
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": True, "HAS_SOFTCAP": softcap > 0.0,
         "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
         "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
         "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],

@@ -53,9 +53,9 @@ def _accumulate_dq(
     window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq + dS K over the keys [n0, n0 + BLOCK_N)."""
+    """dq + dS K over the keys [n0, n0 + BLOCK_N); `is_masked` says whether a row does not see one, if MASKED."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -63,8 +63,8 @@ def _accumulate_dq(
     is_key = n0 + offs_n < len_k
     if HAS_KEY_MASK:
         is_key = tl.load(key_mask_ptr + (key + offs_n) * stride_ms, mask=is_key, other=0) != 0
-    k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, True)
+    k = load_rows(k_ptr + key * stride_kt, stride_kt, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED)
+    v = load_rows(v_ptr + key * stride_vt, stride_vt, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED)
     s = dot_rows(q, k)
     derivative = 1.0
     if HAS_SOFTCAP:
@@ -73,7 +73,7 @@ def _accumulate_dq(
     p = _probabilities(s, lse[:, None], scale, q.dtype == tl.float32)
     dp = dot_rows(dout, v)
     ds = p * (dp - delta[:, None]) * derivative
-    if is_masked:
+    if MASKED and is_masked:
         visible = is_visible(
             offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
@@ -169,16 +169,35 @@ def attention_backward_dq_kernel(
                 n0 = (first_step * STEPS + lowest_bit(steps)) * SKIP_BLOCK_K + part % PARTS * BLOCK_N
                 steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
                 dq = _accumulate_dq(
-                    dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr,
-                    key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms,
-                    HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK,
+                    dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k,
+                    k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                    stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    HAS_KEY_MASK, True,
                 )  # fmt: skip
-    else:
+    elif HAS_LEFT:
+        # three loops would serialise wgmma
         for n0 in tl.range(begin, end, BLOCK_N):
             dq = _accumulate_dq(
-                dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr,
-                key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK,
+                dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, True,
+            )  # fmt: skip
+    else:
+        # two loops: a branch in the hot one costs it its scalar registers
+        for n0 in tl.range(begin, full_end, BLOCK_N):
+            dq = _accumulate_dq(
+                dq, q, dout, lse, delta, offs_m, n0, False, start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, False,
+            )  # fmt: skip
+        for n0 in tl.range(full_end, end, BLOCK_N):
+            dq = _accumulate_dq(
+                dq, q, dout, lse, delta, offs_m, n0, True, start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, True,
             )  # fmt: skip
 
     dq = tl.where(sees_key[:, None], dq * tl.cast(softmax_scale, tl.float32), 0.0)
@@ -195,20 +214,27 @@ def _accumulate_dkv(
     window_left, window_right, stride_qt, stride_dot,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(dk + dS^T Q, dv + P^T dO) over the query rows [m0, m0 + BLOCK_M); all tiles have the keys as rows."""
     offs_m = tl.arange(0, BLOCK_M)
     row = start_q + m0
-    is_row = sees_keys(m0 + offs_m, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
-    delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
-    q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, True)
-    if HAS_KEY_MASK:
+    is_row = m0 + offs_m < len_q
+    if MASKED:
+        lse = tl.load(lse_ptr + row + offs_m, mask=is_row, other=float("-inf"))
+        delta = tl.load(delta_ptr + row + offs_m, mask=is_row, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + row + offs_m)
+        delta = tl.load(delta_ptr + row + offs_m)
+    q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, MASKED)
+    if MASKED:
         # a row that sees nothing may hold NaN in dout, and 0 * NaN is NaN
-        is_row = lse != float("-inf")
+        if HAS_KEY_MASK:
+            is_row = lse != float("-inf")
+        else:
+            is_row = sees_keys(m0 + offs_m, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     dout = load_rows(
-        dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, True
+        dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, MASKED
     )
     s = dot_rows(k, q)
     derivative = 1.0
@@ -216,13 +242,14 @@ def _accumulate_dkv(
         derivative = tanh_derivative(s * cap_scale)
         s = tanh(s * cap_scale)
     p = _probabilities(s, lse[None, :], scale, q.dtype == tl.float32)
-    if is_masked:
+    dp = dot_rows(v, dout)
+    ds = p * (dp - delta[None, :]) * derivative
+    if MASKED and is_masked:
         visible = is_visible(
             (m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         p = tl.where(visible, p, 0.0)
-    dp = dot_rows(v, dout)
-    ds = p * (dp - delta[None, :]) * derivative
+        ds = tl.where(visible, ds, 0.0)
     dv = add_dot(dv, p.to(dout.dtype), dout)
     dk = add_dot(dk, ds.to(q.dtype), q)
     return dk, dv
@@ -310,17 +337,41 @@ def attention_backward_dkv_kernel(
                     steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
                     dk, dv = _accumulate_dkv(
                         dk, dv, k, v, m0, (m0 < full) | (m0 >= full_end), start_q, len_q, len_k, offs_n,
-                        q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale, window_left, window_right,
-                        stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_LEFT, HAS_RIGHT,
-                        HAS_SOFTCAP, HAS_KEY_MASK,
+                        q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                        window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
                     )  # fmt: skip
-        else:
+        elif BLOCK_D > 128:
+            # three loops would spill more registers
             for m0 in tl.range(begin, end, BLOCK_M):
                 dk, dv = _accumulate_dkv(
                     dk, dv, k, v, m0, (m0 < full) | (m0 >= full_end), start_q, len_q, len_k, offs_n,
-                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale, window_left, window_right,
-                    stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_LEFT, HAS_RIGHT,
-                    HAS_SOFTCAP, HAS_KEY_MASK,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                )  # fmt: skip
+        else:
+            if HAS_RIGHT:
+                for m0 in tl.range(begin, full, BLOCK_M):
+                    dk, dv = _accumulate_dkv(
+                        dk, dv, k, v, m0, True, start_q, len_q, len_k, offs_n,
+                        q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                        window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                    )  # fmt: skip
+            for m0 in tl.range(full, full_end, BLOCK_M):
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, False, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
+                )  # fmt: skip
+            for m0 in tl.range(full_end, end, BLOCK_M):
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, True, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
                 )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above

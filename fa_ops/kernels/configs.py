@@ -91,8 +91,8 @@ def select_tile(
 ) -> Tile:
     """The tile of `kernel` ("forward", "decode", "dq" or "dkv") on `arch` for these head dimensions.
 
-    With blocks of skip-softmax, (query rows, keys), the forward's tile has the rows of a block, on which it decides as a
-    whole, and no tile is larger than one.
+    With blocks of skip-softmax, (query rows, keys), the forward's tile has the rows of a block, and no tile is larger
+    than one.
     """
     widest = max(head_dim, head_dim_v)
     tile = INTERPRETER_TILE
