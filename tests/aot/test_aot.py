@@ -62,7 +62,12 @@ def test_row(kernel: str, arch: str, dtype: str, head_dim: int):
 
 @pytest.mark.parametrize(
     ("kernel", "sides"),
-    [("forward", ()), ("forward", ("HAS_LEFT",)), ("forward", ("HAS_LEFT", "HAS_RIGHT")), ("dq", ("HAS_LEFT", "HAS_RIGHT"))],
+    [
+        ("forward", ()),
+        ("forward", ("HAS_LEFT",)),
+        ("forward", ("HAS_LEFT", "HAS_RIGHT")),
+        ("dq", ("HAS_LEFT", "HAS_RIGHT")),
+    ],
     ids=["forward-full", "forward-left", "forward-window", "dq-window"],
 )  # fmt: skip
 @pytest.mark.parametrize("head_dim", [128, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 256))])
