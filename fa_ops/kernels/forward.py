@@ -42,7 +42,6 @@ from fa_ops.kernels.skip import (
     visit,
 )
 
-
 LOOK_TILES = tl.constexpr(2)  # of keys at a time, where scores are only looked at, which leaves room for more
 
 
@@ -148,16 +147,17 @@ def _attend_sparsely(
         s_max = m_i
         for look in tl.range(0, tl.minimum(count - first_step, STEPS) * LOOKS):
             step = look // LOOKS
+            part = look - step * LOOKS
             n_block = begin + visit(first_step + step, count, VISIT_ORDER) * SKIP_BLOCK_K
-            n0 = n_block + look % LOOKS * LOOK_N
+            n0 = n_block + part * LOOK_N
             s, _ = _masked_scores(
                 q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
                 block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
                 stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LOOK_N,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, False,
             )  # fmt: skip
-            s_max = tl.maximum(tl.max(s, 1), tl.where(look % LOOKS == 0, float("-inf"), s_max))
-            if look % LOOKS == LOOKS - 1:
+            s_max = tl.maximum(tl.max(s, 1), tl.where(part == 0, float("-inf"), s_max))
+            if part == LOOKS - 1:
                 margins, votes, m_before, m_first, segment = row_margins(
                     s_max, offs_m, n_block, len_q, scale, m_before, m_first, segment, m_first == float("-inf")
                 )
