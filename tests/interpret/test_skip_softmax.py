@@ -46,28 +46,12 @@ def test_accuracy_and_counts(seed: int):
 @pytest.mark.parametrize("block", [(64, 64), (16, 128), pytest.param((64, 128), marks=pytest.mark.slow)])
 def test_blocks_of_several_tiles(block: tuple[int, int]):
     """A block holds more keys than a tile of the forward, and more rows than one of the backward."""
-    rows, keys = block[0] + 6, 4 * block[1] - 3
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(rows, 1, 16, generator=generator).requires_grad_()
-    k = torch.randn(keys, 1, 16, generator=generator)
-    k[block[1] : 2 * block[1]] *= 0.05  # scores that lie far below those of the other blocks
-    k.requires_grad_()
-    v = torch.randn(keys, 1, 16, generator=generator).requires_grad_()
-    start = torch.zeros(1, dtype=torch.int32)
-    found = []
-    for attention in (fa_ops.attention, attention_reference):
-        out, counts = attention(
-            q, k, v, start, start + rows, rows, is_causal=True, b_start_loc_k=start, b_seq_len_k=start + keys,
-            max_input_len_k=keys, softmax_scale=2.0, skip_softmax_threshold=0.9, skip_softmax_block=block,
-            return_skip_counts=True,
-        )  # fmt: skip
-        gradients = torch.autograd.grad(out.sin().sum(), (q, k, v))
-        found.append((counts, out, *gradients))
-    visited, dropped = found[1][0].flatten().tolist()
-    assert 0 < dropped < visited
-    assert torch.equal(found[0][0], found[1][0])
-    for result, expected in zip(*found, strict=True):
-        torch.testing.assert_close(result.double(), expected.double(), rtol=1e-4, atol=1e-4)
+    lens = {"lens_q": (block[0] + 6,), "lens_k": (4 * block[1] - 3,)}
+    case = small_case(**lens, heads_kv=1, group_size=1, skip_block=block, skip_share=0.4)
+    inputs = case.build()
+    assert 0.1 <= dropped_share(inputs) <= 0.9
+    assert torch.equal(counts_of(fa_ops.attention, inputs), counts_of(attention_reference, inputs))
+    check_case(fa_ops.attention, case)
 
 
 @pytest.mark.slow
