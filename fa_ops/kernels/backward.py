@@ -4,7 +4,7 @@ With P = exp(S - lse), and delta = rowsum(dO * O) - dlse (which is how a gradien
 
     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
 
-Tiles divide the blocks of skip-softmax (skip.py), and those in a dropped block are passed over.
+Tiles divide the blocks of skip-softmax (skip.py), and the loops run over those of kept blocks alone.
 A softcap multiplies dS by 1 - tanh^2. Sinks are in lse, and need nothing more for dQ, dK and dV.
 The dQ kernel runs first and leaves delta for the other. Rows that see no key (lse = -inf) take part in nothing.
 """

@@ -6,7 +6,13 @@ With scores S = scale * Q K^T, running maximum m and running sum l of a row over
 
 and at the end out = acc / l, lse = m + log(l). S and m are held unscaled, and all exponentials are base 2.
 A softcap replaces S by softcap * tanh(S / softcap); a sink is one more score of each row, and has no value.
-With skip-softmax (skip.py) a dropped block ends at its row maxima: no exponentials, no V, no product with it.
+With skip-softmax (skip.py) STEPS blocks at a time are first looked at: Q K^T and its row maxima decide which are
+dropped. Those that are kept follow as dense attention, with their maximum known: no exponentials, no V and no product
+with it for the others, and no branch around a product, which would keep loads and products from overlapping.
+
+One loop has all keys, and masks where it must: as loops of their own, the masked ends make ptxas serialise the products
+of sm_90 (C7515). Q goes from its load to the products: changed in between, it would be a register operand, which
+Triton loads again for every block.
 """
 
 import triton
