@@ -38,6 +38,12 @@ def multi_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take row maxima before scaling; the sign is not turned in them, where every product would then load
+    q anew from shared memory."""
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
 def strides_of(t: Tensor) -> tuple[int, int, int]:
     """(batch or page, row, head) strides; packed tensors have no batch."""
     return (0, t.stride(0), t.stride(1)) if t.dim() == 3 else (t.stride(0), t.stride(1), t.stride(2))

@@ -30,6 +30,7 @@ from fa_ops.launching import (
     require_triton,
     strides_of,
     tile_of,
+    with_positive_scale,
     wrap_triton,
 )
 from fa_ops_meta import checks, flops, outputs
@@ -45,6 +46,8 @@ if HAS_TRITON:
     from fa_ops.kernels.tiles import tile_list_kernel
 
 logger = logging.getLogger(__name__)
+
+UNLIMITED = 2**30  # keys, of a window
 
 
 def _varlen_attention(
@@ -105,6 +108,7 @@ def _varlen_attention(
         # rows that belong to no sequence; in the padded layout the kernel writes them
         out.zero_()
         lse.fill_(float("-inf"))
+    q, scale = with_positive_scale(q, scale)
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
     if num_seqs * rows_q == 0:
         return out, lse, block_bits, counts
@@ -135,8 +139,10 @@ def _varlen_attention(
             BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
-            SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
+            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None,
+            PAGING=paging(k, block_table, tile.block_n if skip_blocks is None else skip_softmax_block_k),
+            SKIP_SOFTMAX=skip_blocks is not None, SKIP_BLOCK_K=0 if skip_blocks is None else skip_softmax_block_k,
+            VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
             LEAVES_SINGLE_ROWS=num_splits is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -201,6 +207,8 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
+    # full attention, too, has a window on the right: the kernels without one compile into products that do not overlap
+    right = UNLIMITED if right < 0 else right
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
@@ -223,7 +231,7 @@ def _varlen_attention_backward(
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": True, "HAS_SOFTCAP": softcap > 0.0,
         "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
         "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
         "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],

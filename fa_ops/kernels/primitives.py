@@ -84,6 +84,18 @@ def is_visible(
 
 
 @triton.jit
+def sees_keys(offs_m, len_q, len_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether a row sees a key of its sequence, holes aside."""
+    sees = offs_m < len_q
+    position = offs_m + (len_k - len_q)
+    if HAS_LEFT:
+        sees = sees & (position - window_left < len_k)
+    if HAS_RIGHT:
+        sees = sees & (position + window_right >= 0)
+    return sees
+
+
+@triton.jit
 def key_range(
     m0, len_q, len_k, window_left, window_right,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -155,19 +167,6 @@ def score_scales(softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         cap_scale = scale / tl.cast(softcap, tl.float32)
         scale = tl.cast(softcap, tl.float32)
     return cap_scale, scale
-
-
-@triton.jit
-def turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(q, cap_scale, scale) of `score_scales` with a scale that is not negative, which the sign of q makes up for: row
-    maxima are taken before scaling."""
-    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
-    if softmax_scale < 0:
-        q = -q
-        cap_scale = -cap_scale
-        if not HAS_SOFTCAP:
-            scale = -scale
-    return q, cap_scale, scale
 
 
 @triton.jit
