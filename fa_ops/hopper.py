@@ -17,6 +17,7 @@ from fa_ops_meta import outputs
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
 HEAD_DIMS = (64, 128, 256)
 ALIGNMENT = 16  # bytes: of the copy engine's addresses and strides
+TILE_LIST_WARPS = 4
 MAX_ROWS = 2**30  # of a ragged descriptor
 LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
 
@@ -156,16 +157,14 @@ def launch(
     from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
 
     out, lse = outputs.empty_forward(q, v)
-    out.zero_()
-    lse.fill_(float("-inf"))
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = (_for_copy_engine(t) for t in (q, k, v))
     tile = HOPPER_TILES[q.shape[-1]]
     with torch.cuda.device_of(q):
         tiles, bound = tile_list(
-            q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
+            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
             ROWS.value * tile.consumers, tile.block_n,
         )  # fmt: skip
         hopper_forward_kernel[(min(multi_processors(q.device), bound * heads),)](
@@ -182,6 +181,8 @@ def tile_list(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     b_start_loc: Tensor,
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
@@ -191,18 +192,22 @@ def tile_list(
     block_m: int,
     block_n: int,
 ) -> tuple[Tensor, int]:
-    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be."""
+    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be. Writes 0 and -inf to
+    the rows of out and lse that no tile with blocks has."""
+    from fa_ops.kernels.primitives import CLEAR_ROWS
     from fa_ops.kernels.tiles import RECORD, tile_list_kernel
 
     is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
     tiles = (rows_q + block_m - 1) // block_m
     bound = tiles + num_seqs if is_packed else tiles * num_seqs
     records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
-    tile_list_kernel[(bound,)](
-        records, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+    pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
+    tile_list_kernel[(bound + pieces,)](
+        records, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
         window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)),
+        q.shape[-2], HEAD_DIM=q.shape[-1],
         BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, IS_PACKED=is_packed,
-        num_warps=1,
+        num_warps=TILE_LIST_WARPS,
     )  # fmt: skip
     return records, bound
 

@@ -14,6 +14,7 @@ except ImportError:
     HAS_TRITON = IS_INTERPRETED = False
 else:
     from fa_ops.kernels.configs import Tile, architecture, select_tile
+    from fa_ops.kernels.primitives import CLEAR_ROWS
 
     HAS_TRITON = True
     IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -81,6 +82,13 @@ def grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> t
     """Enough tiles for any lengths: nothing is read back from the device to count them."""
     tiles = (rows + block - 1) // block
     return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
+
+
+def clearing_grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
+    """Beside the tiles, if packed, a program for each CLEAR_ROWS rows, which clears those of no sequence."""
+    tiles, _ = grid(num_seqs, rows, block, heads, is_packed)
+    rows_at_once = CLEAR_ROWS.value * heads
+    return (tiles + (rows + rows_at_once - 1) // rows_at_once if is_packed else tiles), heads
 
 
 def tile_of(kernel: str, q: Tensor, v: Tensor, skip_blocks: tuple[int, int] | None) -> "Tile":

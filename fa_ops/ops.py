@@ -19,9 +19,9 @@ from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
     IS_INTERPRETED,
+    clearing_grid,
     device_of,
     dlse_strides,
-    grid,
     leading_strides,
     lse_strides,
     mask_strides,
@@ -100,14 +100,9 @@ def _varlen_attention(
     if skip_blocks is not None:
         block_bits.zero_()
         counts.zero_()
-    is_packed = q.dim() == 3
-    if is_packed:
-        # rows that belong to no sequence; in the padded layout the kernel writes them
-        out.zero_()
-        lse.fill_(float("-inf"))
-    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
+    is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
     if num_seqs * rows_q == 0:
-        return out, lse, block_bits, counts
+        return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
     if num_splits is not None:
         logger.debug("varlen_attention: decode kernel, %s splits", num_splits)
@@ -122,7 +117,7 @@ def _varlen_attention(
     logger.debug("varlen_attention: forward kernel, since %s", reason)
     tile = tile_of("forward", q, v, skip_blocks)
     with device_of(q):
-        wrap_triton(attention_forward_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+        wrap_triton(attention_forward_kernel)[clearing_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
             b_seq_len if key_mask is None else key_mask, b_seq_len if block_table is None else block_table,
             lse if sinks is None else sinks,
@@ -204,13 +199,8 @@ def _varlen_attention_backward(
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
-    is_empty = num_seqs * rows_q * rows_k == 0
-    if is_packed or is_empty:
-        # rows that belong to no sequence; in the padded layout the kernels write them
-        for grad in (dq, dk, dv):
-            grad.zero_()
-    if is_empty:
-        return dq, dk, dv, _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
+    if num_seqs * rows_q * rows_k == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
     delta = torch.empty_like(lse)
     index = (
         b_start_loc, b_seq_len, start_k, length_k,
@@ -230,14 +220,16 @@ def _varlen_attention_backward(
     }  # fmt: skip
     with device_of(q):
         tile = tile_of("dq", q, v, skip_blocks)
-        wrap_triton(attention_backward_dq_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+        programs = clearing_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)
+        wrap_triton(attention_backward_dq_kernel)[programs](
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
             *strides_of(out), *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *dlse_strides(dlse),
             *strides_of(dq), **constants, HAS_DLSE=dlse is not None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         tile = tile_of("dkv", q, v, skip_blocks)
-        wrap_triton(attention_backward_dkv_kernel)[grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
+        programs = clearing_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)
+        wrap_triton(attention_backward_dkv_kernel)[programs](
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
             *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *strides_of(dk), *strides_of(dv),
             **constants,
