@@ -22,6 +22,7 @@ from fa_ops.launching import (
     clearing_grid,
     device_of,
     dlse_strides,
+    launch_kernel,
     leading_strides,
     lse_strides,
     mask_strides,
@@ -29,8 +30,8 @@ from fa_ops.launching import (
     paging,
     require_triton,
     strides_of,
+    tile_constants,
     tile_of,
-    wrap_triton,
 )
 from fa_ops_meta import checks, flops, outputs
 from fa_ops_meta.paging import key_extent
@@ -100,7 +101,9 @@ def _varlen_attention(
     if skip_blocks is not None:
         block_bits.zero_()
         counts.zero_()
-    is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
+    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
+    *_, rows_q, heads_q, head_dim = q.shape
+    *_, heads_kv, value_dim = v.shape
     if num_seqs * rows_q == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
@@ -117,7 +120,7 @@ def _varlen_attention(
     logger.debug("varlen_attention: forward kernel, since %s", reason)
     tile = tile_of("forward", q, v, skip_blocks)
     with device_of(q):
-        wrap_triton(attention_forward_kernel)[clearing_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+        args = (
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
             b_seq_len if key_mask is None else key_mask, b_seq_len if block_table is None else block_table,
             lse if sinks is None else sinks,
@@ -126,15 +129,18 @@ def _varlen_attention(
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *lse_strides(lse),
             *mask_strides(key_mask), *leading_strides(block_table), *leading_strides(threshold),
             *leading_strides(block_bits),
-            GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
-            BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
-            SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
-            LEAVES_SINGLE_ROWS=num_splits is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        constants = {
+            "GROUP_SIZE": heads_q // heads_kv, "HEAD_DIM": head_dim, "HEAD_DIM_V": value_dim,
+            "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(value_dim),
+            **tile_constants(tile), "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0,
+            "HAS_SOFTCAP": softcap > 0.0, "HAS_SINKS": sinks is not None, "IS_PACKED": is_packed,
+            "HAS_KEY_MASK": key_mask is not None, "PAGING": paging(k, block_table, tile.block_n),
+            "SKIP_SOFTMAX": skip_blocks is not None, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
+            "LEAVES_SINGLE_ROWS": num_splits is not None,
+        }  # fmt: skip
+        programs = clearing_grid(num_seqs, rows_q, tile.block_m, heads_q, is_packed)
+        launch_kernel(attention_forward_kernel, programs, args, constants)
     return out, lse, block_bits, counts
 
 
@@ -221,20 +227,22 @@ def _varlen_attention_backward(
     with device_of(q):
         tile = tile_of("dq", q, v, skip_blocks)
         programs = clearing_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)
-        wrap_triton(attention_backward_dq_kernel)[programs](
+        args = (
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
             *strides_of(out), *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *dlse_strides(dlse),
-            *strides_of(dq), **constants, HAS_DLSE=dlse is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            *strides_of(dq),
+        )  # fmt: skip
+        launch_kernel(
+            attention_backward_dq_kernel, programs, args,
+            constants | tile_constants(tile) | {"HAS_DLSE": dlse is not None},
         )  # fmt: skip
         tile = tile_of("dkv", q, v, skip_blocks)
         programs = clearing_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)
-        wrap_triton(attention_backward_dkv_kernel)[programs](
+        dkv_args = (
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
             *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *strides_of(dk), *strides_of(dv),
-            **constants,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        launch_kernel(attention_backward_dkv_kernel, programs, dkv_args, constants | tile_constants(tile))
     return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
 
