@@ -28,6 +28,7 @@ INTERPRETED_MULTI_PROCESSORS = 16
 MAX_COMPILED = 1024  # of a kernel; each is a dictionary's entry, most name the same few kernels
 FLOATS = ("softmax_scale", "softcap")  # arguments of kernels, float32 whatever they are
 _ADDRESS, _DTYPE = operator.methodcaller("data_ptr"), operator.attrgetter("dtype")
+_BLOCK = operator.attrgetter("base.dtype", "block_shape", "layout")
 
 
 @functools.cache
@@ -130,7 +131,7 @@ def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], con
     knobs of compilation are read at a kernel's first launch of a kind only.
 
     Args:
-        args: all that is not a constexpr, on the current device.
+        args: all that is not a constexpr, on the current device; block_shape of a descriptor is a tuple.
         constants: constexprs, num_warps, num_stages.
     """
     if IS_INTERPRETED:
@@ -142,7 +143,10 @@ def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], con
     if not is_aligned or max(launches.counts(args)) >= 2**31 or kernel.pre_run_hooks:
         kernel[grid](*args, **constants)
         return
-    key = (pointers[0].get_device(), *map(_DTYPE, pointers), *launches.sizes(args), *constants.values())
+    key = (
+        pointers[0].get_device(), *map(_DTYPE, pointers), *map(_BLOCK, launches.descriptors(args)),
+        *launches.sizes(args), *constants.values(),
+    )  # fmt: skip
     compiled = launches.compiled.get(key)
     if compiled is not None:
         compiled[*grid, 1, 1](*args, *launches.constexprs(constants))
@@ -158,8 +162,10 @@ class _Launches:
 
     def __init__(self, kernel: Any) -> None:
         params = [p for p in kernel.params if not p.is_constexpr]
-        indices = {name: [i for i, p in enumerate(params) if _kind(p) == name] for name in ("pointer", "count", "size")}
-        self.pointers, self.counts, self.sizes = (_pick(indices[name]) for name in ("pointer", "count", "size"))
+        self.pointers, self.descriptors, self.counts, self.sizes = (
+            _pick([i for i, p in enumerate(params) if _kind(p) == kind])
+            for kind in ("pointer", "descriptor", "count", "size")
+        )
         self.constexprs = operator.itemgetter(*(p.name for p in kernel.params if p.is_constexpr))
         self.compiled: dict[tuple, Any] = {}
 
@@ -167,6 +173,8 @@ class _Launches:
 def _kind(param: Any) -> str:
     if param.name.endswith("_ptr"):
         return "pointer"
+    if param.name.endswith("_desc"):
+        return "descriptor"
     if param.name in FLOATS:
         return "float"
     return "count" if param.do_not_specialize else "size"

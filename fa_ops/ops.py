@@ -94,7 +94,7 @@ def _varlen_attention(
     reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, threshold)
     if reason is None:
         logger.debug("varlen_attention: sm_90 kernel")
-        results = hopper.forward(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
+        results = hopper.attend(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
         return *results, *outputs.empty_skip(q, k, b_seq_len, None)
     out, lse = outputs.empty_forward(q, v)
     block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
