@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fa_ops import ops, varlen  # noqa: F401  (ops registers torch.ops.modelopt.varlen_attention)
+from fa_ops import ops, varlen
 from fa_ops_meta import checks
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def attention(
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
     q, k, v = _autocast(q, k, v)
-    out, lse, _, counts = _call_op(
+    out, lse, _, counts = ops.attend(
         q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask,
         block_table, deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
@@ -228,17 +228,6 @@ def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | N
         )
         return None
     return torch.full((), threshold, dtype=torch.float32, device=q.device)
-
-
-def _call_op(*args) -> tuple[Tensor, ...]:
-    """The op. Its autograd, which is Python, is passed over in eager mode without gradients: it would only call what is
-    below it."""
-    op = torch.ops.modelopt.varlen_attention.default
-    is_eager = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-    if is_eager and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-    return op(*args)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
