@@ -349,7 +349,7 @@ class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.modelopt.varlen_attention.default(*args)
+            output = torch.ops.modelopt.varlen_attention(*args)
         _setup_context(ctx, args, output)
         return output
 
@@ -368,7 +368,7 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch.ops.modelopt.varlen_attention`, given all its arguments, for less of the CPU's time in eager mode."""
-    op = torch.ops.modelopt.varlen_attention.default
+    op = torch.ops.modelopt.varlen_attention
     if not _is_eager():
         return op(*args)
     if _needs_grad(args):
