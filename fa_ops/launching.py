@@ -1,4 +1,5 @@
-"""What every kernel launch needs: Triton, if it is there, the tile, the grid, and the strides of the arguments."""
+"""What every kernel launch needs: Triton, if it is there, the tile, the grid, the strides of the arguments, and the
+launch itself."""
 
 import functools
 import operator

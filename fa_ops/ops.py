@@ -343,8 +343,8 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
 
 
 class _EagerAttention(torch.autograd.Function):
-    """What `register_autograd` makes of `_setup_context` and `_backward`, which takes 100 µs for a call to look up the
-    defaults of arguments."""
+    """What `register_autograd` makes of `_setup_context` and `_backward`, but for its search for defaults of arguments,
+    which takes longer than all the rest of a call."""
 
     @staticmethod
     def forward(ctx, *args):
