@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+import triton.language as tl
 
 import fa_ops
 from fa_ops import launching, ops
-from fa_ops.kernels.primitives import CLEAR_ROWS, SCAN_BLOCK
+from fa_ops.kernels import primitives
 from tests.support.memory import Canaries, poisoned_allocations
 
-PIECE = CLEAR_ROWS.value
+PIECE = primitives.CLEAR_ROWS.value
+SCAN = 32  # sequences that are looked at together: fewer than on a GPU, for the interpreter's sake
 ROWS = 2 * PIECE + 10
 # (first row, rows) of each sequence
 BATCHES = {
@@ -19,9 +21,14 @@ BATCHES = {
     "one_owned": [(PIECE, 1)],
     "none_owned": [(5, 0), (ROWS, 0)],
     "lengths_out_of_range": [(-3, 2), (ROWS - 2, 1000), (7, -5)],
-    "more_than_one_scan": [(n, int(n % 40 == 3)) for n in range(SCAN_BLOCK.value + 9)],
+    "more_than_one_scan": [(n, int(n % 7 == 3)) for n in range(2 * SCAN + 9)],
 }
 OVERLAPPING = {"the_same_rows_often": [(1, 9)] * 3, "nested": [(0, PIECE + 3), (5, 2), (PIECE, 2)]}
+
+
+@pytest.fixture(autouse=True)
+def _few_at_once(monkeypatch):
+    monkeypatch.setattr(primitives, "CLEAR_SCAN", tl.constexpr(SCAN))
 
 
 def attend(ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
