@@ -20,7 +20,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SCAN_BLOCK = tl.constexpr(128)
 CLEAR_ROWS = tl.constexpr(64)
-CLEAR_SCAN = tl.constexpr(512)
+CLEAR_SCAN = tl.constexpr(256)
 CLEAR_PART = tl.constexpr(16)
 PART = tl.constexpr(16)
 
