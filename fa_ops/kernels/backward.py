@@ -13,12 +13,15 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    CLEAR_ROWS,
     COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
     dot_rows,
+    fill_rows,
+    find_unowned,
     is_visible,
     key_range,
     load_own_rows,
@@ -97,8 +100,16 @@ def attention_backward_dq_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
     SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
+    """Grid as the forward's. Writes dq, as the forward writes out, and delta for the rows of sequences."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows_q)
+            fill_rows(dq_ptr, stride_dqt, stride_dqh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM, BLOCK_D)
+            return
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0
@@ -269,8 +280,18 @@ def attention_backward_dkv_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
+    """Grid (tiles of keys, Hkv), and if packed the programs that clear. The query heads of a group are summed by one
+    program, in their order."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_k, BLOCK_N) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_k_ptr, b_seq_len_k_ptr, num_seqs, rows_k)
+            fill_rows(dk_ptr, stride_dkt, stride_dkh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM, BLOCK_D)
+            fill_rows(dv_ptr, stride_dvt, stride_dvh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM_V, BLOCK_DV)
+            return
     seq, index, count = padded_tile(tile, rows_k, BLOCK_N)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0

@@ -19,13 +19,16 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    CLEAR_ROWS,
     COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
     dot_rows,
+    fill_rows,
     find_keys,
+    find_unowned,
     is_visible,
     key_range,
     load_keys,
@@ -239,9 +242,18 @@ def attention_forward_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, SKIP_SOFTMAX: tl.constexpr,
     SKIP_BLOCK_K: tl.constexpr, VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written.
-    LEAVES_SINGLE_ROWS: so are sequences of one row, which the decode kernel computes."""
+    """Grid (tiles of query rows, Hq), and if packed a program more for each CLEAR_ROWS rows, which clears those of no
+    sequence. LEAVES_SINGLE_ROWS: sequences of one row are left to the decode kernel."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows_q)
+            fill_rows(out_ptr, stride_ot, stride_oh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM_V, BLOCK_DV)
+            fill_rows(lse_ptr, 1, stride_lh, rows, is_unowned, tl.num_programs(1), float("-inf"), 1, 1)
+            return
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0
