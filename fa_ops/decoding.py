@@ -37,7 +37,8 @@ def select_splits(q: Tensor, k: Tensor, block_table: Tensor | None, is_skipping:
     """Programs that share the keys of a sequence of one row, or None where there is no decode kernel for the call.
 
     As many as half of the device's multiprocessors, of at least MIN_SPLIT_KEYS keys each, MIN_KEYS_PER_HEAD for each
-    query head of a key head, or of a segment each with skip-softmax: from the device and the room for keys alone. Tests replace this function to choose for themselves.
+    query head of a key head, or of a segment each with skip-softmax: from the device and the room for keys alone. Tests
+    replace this function to choose for themselves.
     """
     if not _is_decoding(q, block_table):
         return None
