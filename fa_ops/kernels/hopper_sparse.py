@@ -1,0 +1,319 @@
+"""The forward for sm_90 with skip-softmax: the roles, slots and barriers of hopper.py, the definition of skip.py.
+
+A warp group owns a block of 64 query rows and decides for them alone. It visits the first key block, then from the last
+one downwards. Beside each other run the scores of a block and the product of the block kept before it. A block that is
+dropped ends at its row maxima: the scores of the next one follow, alone, until one is kept:
+
+    scores of the first block
+    while there are more blocks:
+        softmax of the block kept last
+        scores of the next block, beside the product of that one; is it kept?
+        while it is not and there are more: scores of the next block; is it kept?
+    softmax and product of the last block, if it is kept
+
+No product is on its way where the paths part: ptxas would let none overlap. V is copied for every block, since the
+other warp group may want it, and passed over by a warp group that does not.
+
+All warp groups of a tile go through the blocks of all its rows. One that none of a warp group's own rows sees has no
+votes, so it is not kept; nor is it counted.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa_ops.kernels import hopper, primitives, skip, tiles
+
+BITS_PER_WORD = gl.constexpr(skip.BITS_PER_WORD.value)
+DECODE_SEGMENT = gl.constexpr(skip.DECODE_SEGMENT.value)
+LOG2E = gl.constexpr(primitives.LOG2E.value)
+RECORD = gl.constexpr(tiles.RECORD.value)
+ROWS = gl.constexpr(hopper.ROWS.value)
+
+_column = hopper._column
+_copy = hopper._copy
+_operand = hopper._operand
+_rows = hopper._rows
+is_visible = hopper.is_visible
+key_range = gluon.jit(primitives.key_range.fn)
+load_log_threshold = gluon.jit(skip.load_log_threshold.fn)
+row_margins = gluon.jit(skip.row_margins.fn)
+visit = gluon.jit(skip.visit.fn)
+
+
+@gluon.jit
+def _produce(
+    shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    VISIT_ORDER: gl.constexpr,
+):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    tiles_ptr, num_tiles, heads = work
+    q_desc, k_desc, v_desc, group_size = inputs
+    tiles = 0
+    blocks = 0
+    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+        record_ptr = tiles_ptr + t // heads * RECORD
+        head = t % heads
+        head_kv = head // group_size
+        m0 = gl.load(record_ptr)
+        len_q = gl.load(record_ptr + 1)
+        len_k = gl.load(record_ptr + 2)
+        num_blocks = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
+        end_q = gl.load(record_ptr + 9)
+        end_k = gl.load(record_ptr + 10)
+        end_v = gl.load(record_ptr + 11)
+        if num_blocks > 0:
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
+                _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
+            tiles += 1
+            for step in range(num_blocks):
+                n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
+                slot = blocks % STAGES
+                phase_before = ((blocks // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(slot), phase_before)
+                _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
+                mbarrier.wait(v_empty.index(slot), phase_before)
+                _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
+                blocks += 1
+
+
+@gluon.jit
+def _decide(
+    s, offs_m, n0, full_end, len_q, len_k, window_right, softmax_scale, log_threshold, m_before, m_first,
+    layout: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """(s, whether the block is kept, m_before) of a block's scores, which are masked here."""
+    if n0 >= full_end:
+        s = _mask(s, offs_m, n0, len_q, len_k, window_right, layout, BLOCK_N, HAS_RIGHT)
+    s_max = gl.max(s, 1)
+    segment = (n0 + BLOCK_N) // DECODE_SEGMENT  # of the block visited before
+    margins, has_vote, m_before, _, _ = row_margins(
+        s_max, offs_m, n0, len_q, softmax_scale, m_before, m_first, segment, False
+    )
+    keeps = has_vote & ((margins < log_threshold) == 0)
+    return s, _any_row(keeps), m_before
+
+
+@gluon.jit
+def _any_row(condition):
+    """Whether it holds in any of a warp group's rows: of each warp's 16 by shuffles, then of the warps."""
+    of_warp = gl.max(gl.reshape(condition.to(gl.int32), [4, 16]), 1)
+    of_each = gl.convert_layout(of_warp, gl.BlockedLayout([4], [32], [4], [0]))
+    return gl.max(of_each, 0) != 0
+
+
+@gluon.jit
+def _mask(
+    s, offs_m, n0, len_q, len_k, window_right, layout: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr
+):
+    offs_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    visible = is_visible(
+        gl.expand_dims(offs_m, 1), gl.expand_dims(offs_n, 0), len_q, len_k, -1, window_right, False, HAS_RIGHT
+    )
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s, m_before, l_i, m_i, scale_log2):
+    """(P, l, m, exp(m before - m)) of a kept block's masked, unscaled scores, whose row maxima are in m_before."""
+    m_new = gl.maximum(m_i, m_before)
+    m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(m_finite * scale_log2, 1))
+    alpha = gl.exp2((m_i - m_finite) * scale_log2)
+    return p, l_i * alpha + gl.sum(p, 1), m_new, alpha
+
+
+@gluon.jit
+def _write_down(bits_row_ptr, word, num_kept, block, is_kept):
+    """The word that the block's bit lies in, stored with the lowest of its blocks, and the number kept so far."""
+    bit = block % BITS_PER_WORD
+    word = word | (is_kept.to(gl.int32) << bit)
+    gl.store(bits_row_ptr + block // BITS_PER_WORD, word, mask=bit == 0)
+    word = gl.where(bit == 0, 0, word)
+    return word, num_kept + is_kept.to(gl.int32)
+
+
+@gluon.jit
+def _consume(
+    shared, work, numbers, outputs, skipping, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    tiles_ptr, num_tiles, heads = work
+    softmax_scale, window_right = numbers
+    out_ptr, lse_ptr, rows_q = outputs
+    threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs = skipping
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q = _rows(q_smem.index(CONSUMER))
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    scale_log2 = softmax_scale * LOG2E
+    tiles = 0
+    blocks = 0
+    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+        record_ptr = tiles_ptr + t // heads * RECORD
+        head = t % heads
+        m0 = gl.load(record_ptr) + CONSUMER * ROWS
+        len_q = gl.load(record_ptr + 1)
+        len_k = gl.load(record_ptr + 2)
+        num_blocks = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
+        if num_blocks > 0:
+            seq = gl.load(record_ptr + 12)
+            bits_row_ptr = block_bits_ptr + (head * stride_bh + (gl.load(record_ptr + 13) + m0 // ROWS) * stride_bt)
+            log_threshold = load_log_threshold(threshold_ptr + (seq * stride_tb + head * stride_th))
+            _, _, full_end, _ = key_range(m0, len_q, len_k, -1, window_right, ROWS, BLOCK_N, False, HAS_RIGHT)
+            num_kept = 1
+            word = 0
+            offs_m = m0 + gl.arange(0, ROWS, row_layout)
+            acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+            l_i = gl.zeros([ROWS], gl.float32, row_layout)
+            m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+
+            mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
+            tiles += 1
+            slot = blocks % STAGES
+            mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
+            s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
+            mbarrier.arrive(k_empty.index(slot))
+            s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
+            m_first = gl.max(s, 1)
+            m_before = m_first
+            is_kept = num_blocks > 0
+            # the block that has been scored last, and how many are left
+            block = num_blocks
+            while block > 1:
+                block -= 1
+                p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+                acc = acc * _column(alpha, out_layout)
+                p = _operand(p, out_layout, v_smem.dtype)
+                slot_k = (blocks + 1) % STAGES
+                slot = blocks % STAGES
+                mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
+                scores = warpgroup_mma(
+                    q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True
+                )
+                mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+                product = warpgroup_mma(p, _rows(v_smem.index(slot)), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(k_empty.index(slot_k))
+                s, is_kept, m_before = _decide(
+                    s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
+                    m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
+                )  # fmt: skip
+                acc, p = warpgroup_mma_wait(0, deps=[product, p])
+                mbarrier.arrive(v_empty.index(slot))
+                blocks += 1
+                word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
+                while (is_kept == 0) & (block > 1):
+                    block -= 1
+                    slot = blocks % STAGES
+                    mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+                    mbarrier.arrive(v_empty.index(slot))
+                    blocks += 1
+                    slot = blocks % STAGES
+                    mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
+                    s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
+                    mbarrier.arrive(k_empty.index(slot))
+                    s, is_kept, m_before = _decide(
+                        s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
+                        m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
+                    )  # fmt: skip
+                    word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
+            mbarrier.arrive(q_empty.index(CONSUMER))
+            slot = blocks % STAGES
+            mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+            if is_kept:
+                p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+                acc = acc * _column(alpha, out_layout)
+                acc = warpgroup_mma(_operand(p, out_layout, v_smem.dtype), _rows(v_smem.index(slot)), acc)
+            mbarrier.arrive(v_empty.index(slot))
+            blocks += 1
+
+            # read again, not to be held in registers until here
+            m0 = gl.load(record_ptr) + CONSUMER * ROWS
+            len_q = gl.load(record_ptr + 1)
+            _, _, _, end = key_range(
+                m0, len_q, gl.load(record_ptr + 2), -1, window_right, ROWS, BLOCK_N, False, HAS_RIGHT
+            )  # fmt: skip
+            num_visited = gl.where(m0 < len_q, (end + BLOCK_N - 1) // BLOCK_N, 0)
+            gl.store(bits_row_ptr, word | 1, mask=num_visited > 0)
+            if num_visited > 0:
+                seq = gl.load(record_ptr + 12)
+                gl.atomic_add(counts_ptr + (seq * heads + head), gl.cast(num_visited, gl.int64))
+                num_dropped = num_visited - num_kept
+                gl.atomic_add(counts_ptr + ((num_seqs + seq) * heads + head), gl.cast(num_dropped, gl.int64))
+            is_empty = l_i == 0.0
+            l_i = gl.where(is_empty, 1.0, l_i)
+            out = acc / _column(l_i, out_layout)
+            lse = gl.where(is_empty, float("-inf"), m_i * softmax_scale + gl.log(l_i))
+            row = gl.load(record_ptr + 8) + CONSUMER * ROWS
+            lse_ptrs = lse_ptr + (gl.load(record_ptr + 7) * (heads - 1) + head * rows_q + row)
+            offs_m = m0 + gl.arange(0, ROWS, row_layout)
+            gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
+            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+            out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
+            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+
+
+@gluon.jit(
+    do_not_specialize=(
+        "tile_bound", "rows_q", "heads", "group_size", "window_right", "num_seqs",
+        "stride_tb", "stride_th", "stride_bh", "stride_bt",
+    )
+)  # fmt: skip
+def hopper_sparse_forward_kernel(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, threshold_ptr, block_bits_ptr, counts_ptr,
+    tile_bound, rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
+    stride_tb, stride_th, stride_bh, stride_bt,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, VISIT_ORDER: gl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), any number. As hopper_forward_kernel, for two warp groups; block_bits and counts hold 0."""
+    gl.static_assert(VISIT_ORDER == 2, "blocks are visited in the order first_then_descending")
+    CONSUMERS: gl.constexpr = 2
+    num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=CONSUMERS)
+        mbarrier.init(v_empty.index(slot), count=CONSUMERS)
+    fence_async_shared()
+
+    shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    work = (tiles_ptr, num_tiles, heads)
+    inputs = (q_desc, k_desc, v_desc, group_size)
+    numbers = (softmax_scale, window_right)
+    outputs = (out_ptr, lse_ptr, rows_q)
+    skipping = (threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs)
+    gl.warp_specialize(
+        [
+            (_consume, (shared, work, numbers, outputs, skipping, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
+            (_consume, (shared, work, numbers, outputs, skipping, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
+            (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS, VISIT_ORDER)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
