@@ -72,6 +72,12 @@ HOPPER_TILES = {
     128: HopperTile(128, 2, 2, 240, 24),
     256: HopperTile(64, 2, 2, 240, 24),
 }
+# with skip-softmax: BLOCK_N is a part of what is computed, and a warp group's rows are those of a block
+HOPPER_SPARSE_TILES = {
+    64: HopperTile(128, 2, 2, 240, 24),
+    128: HopperTile(128, 2, 2, 240, 24),
+    256: HopperTile(64, 2, 2, 240, 24),
+}
 
 
 def architecture(major: int, minor: int) -> str:

@@ -5,14 +5,14 @@ one downwards. Beside each other run the scores of a block and the product of th
 dropped ends at its row maxima: the scores of the next one follow, alone, until one is kept:
 
     scores of the first block
+    softmax of the first block
     while there are more blocks:
-        softmax of the block kept last
-        scores of the next block, beside the product of that one; is it kept?
+        scores of the next block, beside the product of the block that the last softmax was of; is it kept?
         while it is not and there are more: scores of the next block; is it kept?
-    softmax and product of the last block, if it is kept
+        softmax of the block, if it is kept, while that product is still running
+    product of the last block, if it is kept
 
-No product is on its way where the paths part: ptxas would let none overlap. V is copied for every block, since the
-other warp group may want it, and passed over by a warp group that does not.
+V is copied for every block, since the other warp group may want it, and passed over by a warp group that does not.
 
 All warp groups of a tile go through the blocks of all its rows. One that none of a warp group's own rows sees has no
 votes, so it is not kept; nor is it counted.
@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -34,6 +35,7 @@ DECODE_SEGMENT = gl.constexpr(skip.DECODE_SEGMENT.value)
 LOG2E = gl.constexpr(primitives.LOG2E.value)
 RECORD = gl.constexpr(tiles.RECORD.value)
 ROWS = gl.constexpr(hopper.ROWS.value)
+CONSUMERS = gl.constexpr(2)
 
 _column = hopper._column
 _copy = hopper._copy
@@ -48,8 +50,7 @@ visit = gluon.jit(skip.visit.fn)
 
 @gluon.jit
 def _produce(
-    shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    VISIT_ORDER: gl.constexpr,
+    shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VISIT_ORDER: gl.constexpr
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tiles_ptr, num_tiles, heads = work
@@ -186,53 +187,56 @@ def _consume(
             m_first = gl.max(s, 1)
             m_before = m_first
             is_kept = num_blocks > 0
-            # the block that has been scored last, and how many are left
+            p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+            p = _operand(p, out_layout, v_smem.dtype)
+            mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+            # the block scored last; those below it, down to 1, are left
             block = num_blocks
             while block > 1:
                 block -= 1
-                p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-                acc = acc * _column(alpha, out_layout)
-                p = _operand(p, out_layout, v_smem.dtype)
                 slot_k = (blocks + 1) % STAGES
-                slot = blocks % STAGES
                 mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
                 scores = warpgroup_mma(
                     q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True
                 )
-                mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
-                product = warpgroup_mma(p, _rows(v_smem.index(slot)), acc, is_async=True)
+                product = warpgroup_mma(p, _rows(v_smem.index(blocks % STAGES)), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(slot_k))
+                blocks += 1
                 s, is_kept, m_before = _decide(
                     s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
-                acc, p = warpgroup_mma_wait(0, deps=[product, p])
-                mbarrier.arrive(v_empty.index(slot))
-                blocks += 1
                 word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
                 while (is_kept == 0) & (block > 1):
                     block -= 1
-                    slot = blocks % STAGES
-                    mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
-                    mbarrier.arrive(v_empty.index(slot))
+                    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+                    product = warpgroup_mma_init(acc)
+                    mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
+                    mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
                     blocks += 1
-                    slot = blocks % STAGES
-                    mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
-                    s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
-                    mbarrier.arrive(k_empty.index(slot))
+                    slot_k = blocks % STAGES
+                    mbarrier.wait(k_full.index(slot_k), (blocks // STAGES) & 1)
+                    s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
+                    mbarrier.arrive(k_empty.index(slot_k))
                     s, is_kept, m_before = _decide(
                         s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
                         m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                     )  # fmt: skip
                     word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
+                alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
+                if is_kept:
+                    s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+                # here, where it keeps ptxas from moving the exponentials behind the end of the product
+                mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
+                acc, p = warpgroup_mma_wait(0, deps=[product, p])
+                mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
+                acc = acc * _column(alpha, out_layout)
+                p = _operand(s, out_layout, v_smem.dtype)
             mbarrier.arrive(q_empty.index(CONSUMER))
             slot = blocks % STAGES
-            mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
             if is_kept:
-                p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-                acc = acc * _column(alpha, out_layout)
-                acc = warpgroup_mma(_operand(p, out_layout, v_smem.dtype), _rows(v_smem.index(slot)), acc)
+                acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
             mbarrier.arrive(v_empty.index(slot))
             blocks += 1
 
@@ -280,7 +284,7 @@ def hopper_sparse_forward_kernel(
 ):  # fmt: skip
     """Grid (programs,), any number. As hopper_forward_kernel, for two warp groups; block_bits and counts hold 0."""
     gl.static_assert(VISIT_ORDER == 2, "blocks are visited in the order first_then_descending")
-    CONSUMERS: gl.constexpr = 2
+    gl.static_assert(STAGES > 1, "V of a block is waited for before the slot of the one before it is given back")
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -312,7 +316,7 @@ def hopper_sparse_forward_kernel(
         [
             (_consume, (shared, work, numbers, outputs, skipping, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
             (_consume, (shared, work, numbers, outputs, skipping, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-            (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS, VISIT_ORDER)),
+            (_produce, (shared, work, inputs, BLOCK_N, STAGES, VISIT_ORDER)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
