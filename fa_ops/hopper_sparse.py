@@ -58,8 +58,8 @@ def launch(
         )  # fmt: skip
         hopper_sparse_forward_kernel[(min(multi_processors(q.device), bound * heads),)](
             hopper.ragged_descriptor(q, ROWS.value), hopper.ragged_descriptor(k, tile.block_n),
-            hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, threshold, block_bits, counts,
-            bound, rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
+            hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, tiles[-1], threshold, block_bits, counts,
+            rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
             *leading_strides(threshold), *leading_strides(block_bits),
             HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages,
             CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,

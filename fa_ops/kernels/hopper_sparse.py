@@ -49,15 +49,32 @@ visit = gluon.jit(skip.visit.fn)
 
 
 @gluon.jit
+def _give(t, tile_smem, tile_full, tiles):
+    """Tells the warp groups of the next tile and head, in the place of the last but one, whose Q they gave back."""
+    slot = tiles % 2
+    tile_smem.index(slot).store(gl.full([1], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(tile_full.index(slot))
+
+
+@gluon.jit
+def _take(tile_smem, tile_full, tiles):
+    slot = tiles % 2
+    mbarrier.wait(tile_full.index(slot), (tiles // 2) & 1)
+    return gl.max(tile_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _produce(
-    shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VISIT_ORDER: gl.constexpr
+    shared, tile_slots, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VISIT_ORDER: gl.constexpr
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    tiles_ptr, num_tiles, heads = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads = work
     q_desc, k_desc, v_desc, group_size = inputs
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         head_kv = head // group_size
@@ -69,6 +86,7 @@ def _produce(
         end_k = gl.load(record_ptr + 10)
         end_v = gl.load(record_ptr + 11)
         if num_blocks > 0:
+            _give(t, tile_smem, tile_full, tiles)
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
                 _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
@@ -82,15 +100,19 @@ def _produce(
                 mbarrier.wait(v_empty.index(slot), phase_before)
                 _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
                 blocks += 1
+        # the warp groups still have STAGES blocks to go when this is asked for
+        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+    _give(t, tile_smem, tile_full, tiles)
 
 
 @gluon.jit
 def _decide(
-    s, offs_m, n0, full_end, len_q, len_k, window_right, softmax_scale, log_threshold, m_before, m_first,
+    s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold, m_before, m_first,
     layout: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """(s, whether the block is kept, m_before) of a block's scores, which are masked here."""
-    if n0 >= full_end:
+    n0 = block * BLOCK_N
+    if block >= num_full:
         s = _mask(s, offs_m, n0, len_q, len_k, window_right, layout, BLOCK_N, HAS_RIGHT)
     s_max = gl.max(s, 1)
     segment = (n0 + BLOCK_N) // DECODE_SEGMENT  # of the block visited before
@@ -142,11 +164,13 @@ def _write_down(bits_row_ptr, word, num_kept, block, is_kept):
 
 @gluon.jit
 def _consume(
-    shared, work, numbers, outputs, skipping, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    shared, tile_slots, work, numbers, outputs, skipping,
+    CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    tiles_ptr, num_tiles, heads = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads = work
     softmax_scale, window_right = numbers
     out_ptr, lse_ptr, rows_q = outputs
     threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs = skipping
@@ -158,125 +182,125 @@ def _consume(
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = _take(tile_smem, tile_full, tiles)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         m0 = gl.load(record_ptr) + CONSUMER * ROWS
         len_q = gl.load(record_ptr + 1)
         len_k = gl.load(record_ptr + 2)
-        num_blocks = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
-        if num_blocks > 0:
-            seq = gl.load(record_ptr + 12)
-            bits_row_ptr = block_bits_ptr + (head * stride_bh + (gl.load(record_ptr + 13) + m0 // ROWS) * stride_bt)
-            log_threshold = load_log_threshold(threshold_ptr + (seq * stride_tb + head * stride_th))
-            _, _, full_end, _ = key_range(m0, len_q, len_k, -1, window_right, ROWS, BLOCK_N, False, HAS_RIGHT)
-            num_kept = 1
-            word = 0
-            offs_m = m0 + gl.arange(0, ROWS, row_layout)
-            acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-            l_i = gl.zeros([ROWS], gl.float32, row_layout)
-            m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        num_full = gl.load(record_ptr + 5)
+        num_blocks = num_full + gl.load(record_ptr + 6)
+        seq = gl.load(record_ptr + 12)
+        bits_row_ptr = block_bits_ptr + (head * stride_bh + (gl.load(record_ptr + 13) + m0 // ROWS) * stride_bt)
+        log_threshold = load_log_threshold(threshold_ptr + (seq * stride_tb + head * stride_th))
+        num_kept = 1
+        word = 0
+        offs_m = m0 + gl.arange(0, ROWS, row_layout)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        l_i = gl.zeros([ROWS], gl.float32, row_layout)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
 
-            mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
-            tiles += 1
-            slot = blocks % STAGES
-            mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
-            s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
-            mbarrier.arrive(k_empty.index(slot))
-            s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
-            m_first = gl.max(s, 1)
-            m_before = m_first
-            is_kept = num_blocks > 0
-            p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-            p = _operand(p, out_layout, v_smem.dtype)
-            mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
-            # the block scored last; those below it, down to 1, are left
-            block = num_blocks
-            while block > 1:
+        mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
+        tiles += 1
+        slot = blocks % STAGES
+        mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
+        s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
+        mbarrier.arrive(k_empty.index(slot))
+        s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
+        m_first = gl.max(s, 1)
+        m_before = m_first
+        is_kept = num_blocks > 0
+        p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+        p = _operand(p, out_layout, v_smem.dtype)
+        mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+        # the block scored last; those below it, down to 1, are left
+        block = num_blocks
+        while block > 1:
+            block -= 1
+            slot_k = (blocks + 1) % STAGES
+            mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
+            scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            product = warpgroup_mma(p, _rows(v_smem.index(blocks % STAGES)), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(k_empty.index(slot_k))
+            blocks += 1
+            s, is_kept, m_before = _decide(
+                s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
+                m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
+            )  # fmt: skip
+            word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
+            while (is_kept == 0) & (block > 1):
                 block -= 1
-                slot_k = (blocks + 1) % STAGES
-                mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
-                scores = warpgroup_mma(
-                    q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True
-                )
-                product = warpgroup_mma(p, _rows(v_smem.index(blocks % STAGES)), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(k_empty.index(slot_k))
+                acc, p = warpgroup_mma_wait(0, deps=[product, p])
+                product = warpgroup_mma_init(acc)
+                mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
+                mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
                 blocks += 1
+                slot_k = blocks % STAGES
+                mbarrier.wait(k_full.index(slot_k), (blocks // STAGES) & 1)
+                s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
+                mbarrier.arrive(k_empty.index(slot_k))
                 s, is_kept, m_before = _decide(
-                    s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
+                    s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
                 word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
-                while (is_kept == 0) & (block > 1):
-                    block -= 1
-                    acc, p = warpgroup_mma_wait(0, deps=[product, p])
-                    product = warpgroup_mma_init(acc)
-                    mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
-                    mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
-                    blocks += 1
-                    slot_k = blocks % STAGES
-                    mbarrier.wait(k_full.index(slot_k), (blocks // STAGES) & 1)
-                    s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-                    mbarrier.arrive(k_empty.index(slot_k))
-                    s, is_kept, m_before = _decide(
-                        s, offs_m, block * BLOCK_N, full_end, len_q, len_k, window_right, softmax_scale, log_threshold,
-                        m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
-                    )  # fmt: skip
-                    word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
-                alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
-                if is_kept:
-                    s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-                # here, where it keeps ptxas from moving the exponentials behind the end of the product
-                mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
-                acc, p = warpgroup_mma_wait(0, deps=[product, p])
-                mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
-                acc = acc * _column(alpha, out_layout)
-                p = _operand(s, out_layout, v_smem.dtype)
-            mbarrier.arrive(q_empty.index(CONSUMER))
-            slot = blocks % STAGES
+            alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
             if is_kept:
-                acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
-            mbarrier.arrive(v_empty.index(slot))
-            blocks += 1
+                s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+            # here, where it keeps ptxas from moving the exponentials behind the end of the product
+            mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
+            acc, p = warpgroup_mma_wait(0, deps=[product, p])
+            mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
+            acc = acc * _column(alpha, out_layout)
+            p = _operand(s, out_layout, v_smem.dtype)
+        mbarrier.arrive(q_empty.index(CONSUMER))
+        slot = blocks % STAGES
+        if is_kept:
+            acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
+        mbarrier.arrive(v_empty.index(slot))
+        blocks += 1
 
-            # read again, not to be held in registers until here
-            m0 = gl.load(record_ptr) + CONSUMER * ROWS
-            len_q = gl.load(record_ptr + 1)
-            _, _, _, end = key_range(
-                m0, len_q, gl.load(record_ptr + 2), -1, window_right, ROWS, BLOCK_N, False, HAS_RIGHT
-            )  # fmt: skip
-            num_visited = gl.where(m0 < len_q, (end + BLOCK_N - 1) // BLOCK_N, 0)
-            gl.store(bits_row_ptr, word | 1, mask=num_visited > 0)
-            if num_visited > 0:
-                seq = gl.load(record_ptr + 12)
-                gl.atomic_add(counts_ptr + (seq * heads + head), gl.cast(num_visited, gl.int64))
-                num_dropped = num_visited - num_kept
-                gl.atomic_add(counts_ptr + ((num_seqs + seq) * heads + head), gl.cast(num_dropped, gl.int64))
-            is_empty = l_i == 0.0
-            l_i = gl.where(is_empty, 1.0, l_i)
-            out = acc / _column(l_i, out_layout)
-            lse = gl.where(is_empty, float("-inf"), m_i * softmax_scale + gl.log(l_i))
-            row = gl.load(record_ptr + 8) + CONSUMER * ROWS
-            lse_ptrs = lse_ptr + (gl.load(record_ptr + 7) * (heads - 1) + head * rows_q + row)
-            offs_m = m0 + gl.arange(0, ROWS, row_layout)
-            gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
-            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-            out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
-            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+        # read again, not to be held in registers until here
+        m0 = gl.load(record_ptr) + CONSUMER * ROWS
+        len_q = gl.load(record_ptr + 1)
+        _, _, _, end = key_range(
+            m0, len_q, gl.load(record_ptr + 2), -1, window_right, ROWS, BLOCK_N, False, HAS_RIGHT
+        )  # fmt: skip
+        num_visited = gl.where(m0 < len_q, (end + BLOCK_N - 1) // BLOCK_N, 0)
+        gl.store(bits_row_ptr, word | 1, mask=num_visited > 0)
+        if num_visited > 0:
+            seq = gl.load(record_ptr + 12)
+            gl.atomic_add(counts_ptr + (seq * heads + head), gl.cast(num_visited, gl.int64), sem="relaxed")
+            num_dropped = num_visited - num_kept
+            gl.atomic_add(counts_ptr + ((num_seqs + seq) * heads + head), gl.cast(num_dropped, gl.int64), sem="relaxed")
+        is_empty = l_i == 0.0
+        l_i = gl.where(is_empty, 1.0, l_i)
+        out = acc / _column(l_i, out_layout)
+        lse = gl.where(is_empty, float("-inf"), m_i * softmax_scale + gl.log(l_i))
+        row = gl.load(record_ptr + 8) + CONSUMER * ROWS
+        batch_row = gl.load(record_ptr + 7)
+        lse_ptrs = lse_ptr + (batch_row * heads + head * rows_q + (row - batch_row))
+        offs_m = m0 + gl.arange(0, ROWS, row_layout)
+        gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
+        offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+        offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+        out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
+        out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+        t = _take(tile_smem, tile_full, tiles)
 
 
 @gluon.jit(
     do_not_specialize=(
-        "tile_bound", "rows_q", "heads", "group_size", "window_right", "num_seqs",
+        "rows_q", "heads", "group_size", "window_right", "num_seqs",
         "stride_tb", "stride_th", "stride_bh", "stride_bt",
     )
 )  # fmt: skip
 def hopper_sparse_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, threshold_ptr, block_bits_ptr, counts_ptr,
-    tile_bound, rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, last_tile_ptr, threshold_ptr, block_bits_ptr, counts_ptr,
+    rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
     stride_tb, stride_th, stride_bh, stride_bt,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -285,7 +309,7 @@ def hopper_sparse_forward_kernel(
     """Grid (programs,), any number. As hopper_forward_kernel, for two warp groups; block_bits and counts hold 0."""
     gl.static_assert(VISIT_ORDER == 2, "blocks are visited in the order first_then_descending")
     gl.static_assert(STAGES > 1, "V of a block is waited for before the slot of the one before it is given back")
-    num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
+    num_tiles = gl.load(last_tile_ptr)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
@@ -304,19 +328,24 @@ def hopper_sparse_forward_kernel(
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(k_empty.index(slot), count=CONSUMERS)
         mbarrier.init(v_empty.index(slot), count=CONSUMERS)
+    tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    for slot in gl.static_range(2):
+        mbarrier.init(tile_full.index(slot), count=1)
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    work = (tiles_ptr, num_tiles, heads)
+    tile_slots = (tile_smem, tile_full)
+    work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_right)
     outputs = (out_ptr, lse_ptr, rows_q)
     skipping = (threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs)
     gl.warp_specialize(
         [
-            (_consume, (shared, work, numbers, outputs, skipping, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-            (_consume, (shared, work, numbers, outputs, skipping, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-            (_produce, (shared, work, inputs, BLOCK_N, STAGES, VISIT_ORDER)),
+            (_consume, (shared, tile_slots, work, numbers, outputs, skipping, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
+            (_consume, (shared, tile_slots, work, numbers, outputs, skipping, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
+            (_produce, (shared, tile_slots, work, inputs, BLOCK_N, STAGES, VISIT_ORDER)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

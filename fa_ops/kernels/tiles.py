@@ -28,8 +28,8 @@ def tile_list_kernel(
     IS_PACKED: tl.constexpr, SKIP_BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in
-    use; the last record begins with their number. A tile without rows has no blocks. batch_rows are batch strides, in
-    rows. SKIP_BLOCK_Q is 0 without skip-softmax."""
+    use; the last record begins with their number and with 0, where programs may count those that they take. A tile
+    without rows has no blocks. batch_rows are batch strides, in rows. SKIP_BLOCK_Q is 0 without skip-softmax."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
@@ -47,6 +47,7 @@ def tile_list_kernel(
     if tile == tiles - 1:
         # only the last one has always scanned all lengths, or as many as there can be tiles of
         tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD, used)
+        tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD + 1, 0)
     if seq >= num_seqs:
         return
     start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)

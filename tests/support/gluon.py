@@ -121,6 +121,12 @@ class _Shared:
     def permute(self, order) -> "_Shared":
         return _Shared(self.values.permute(order))
 
+    def store(self, value: Tensor) -> None:
+        self.values.copy_(value)
+
+    def load(self, layout: Any) -> Tensor:
+        return self.values.clone()
+
 
 class _Barrier:
     def __init__(self) -> None:
@@ -218,11 +224,11 @@ class _Program:
             float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
             constexpr=None, static_range=range, static_assert=_static_assert,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
-            BlockedLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             load=lambda pointer, mask=None, other=None: pointer.memory[pointer.offset].item(), store=_store,
-            atomic_add=_add,
+            atomic_add=self._add,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -238,7 +244,7 @@ class _Program:
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
             return _Shared(barriers)
-        return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
         roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
@@ -305,6 +311,12 @@ class _Program:
         self.copies.append(threading.Thread(target=copy, daemon=True))
         self.copies[-1].start()
 
+    def _add(self, pointer: _Pointer, value: int, sem: str) -> int:
+        with self.changed:
+            before = pointer.memory[pointer.offset].item()
+            pointer.memory[pointer.offset] = before + value
+        return before
+
     def _products(self) -> list[_Product]:
         """Those that the role has issued and not waited for."""
         if not hasattr(self.role, "products"):
@@ -330,10 +342,6 @@ class _Program:
 
 def _static_assert(condition: bool, message: str) -> None:
     assert condition, message
-
-
-def _add(pointer: _Pointer, value: int) -> None:
-    pointer.memory[pointer.offset] += value
 
 
 def _store(pointer: _Pointer, value: Any, mask: Any) -> None:
