@@ -50,7 +50,7 @@ visit = gluon.jit(skip.visit.fn)
 
 @gluon.jit
 def _give(t, tile_smem, tile_full, tiles):
-    """Tells the warp groups of the next tile and head, in the place of the last but one, whose Q they gave back."""
+    """Tells the warp groups of the next tile and head, in the place of the last but one, which they have left."""
     slot = tiles % 2
     tile_smem.index(slot).store(gl.full([1], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(tile_full.index(slot))
