@@ -61,7 +61,7 @@ def launch(
             hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, tiles[-1], threshold, block_bits, counts,
             rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
             *leading_strides(threshold), *leading_strides(block_bits),
-            HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages,
+            HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, K_STAGES=tile.k_stages, V_STAGES=tile.v_stages,
             CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
             HAS_RIGHT=window_right >= 0, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER), num_warps=4,
         )  # fmt: skip

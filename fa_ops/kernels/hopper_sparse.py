@@ -1,21 +1,33 @@
-"""The forward for sm_90 with skip-softmax: the roles, slots and barriers of hopper.py, the definition of skip.py.
+"""The forward for sm_90 with skip-softmax: the roles and barriers of hopper.py, the definition of skip.py.
 
 A warp group owns a block of 64 query rows and decides for them alone. It visits the first key block, then from the last
 one downwards. Beside each other run the scores of a block and the product of the block kept before it. A block that is
 dropped ends at its row maxima: the scores of the next one follow, alone, until one is kept:
 
-    scores of the first block
-    softmax of the first block
+    scores and softmax of the first block
     while there are more blocks:
         scores of the next block, beside the product of the block that the last softmax was of; is it kept?
         while it is not and there are more: scores of the next block; is it kept?
         softmax of the block, if it is kept, while that product is still running
     product of the last block, if it is kept
 
-V is copied for every block, since the other warp group may want it, and passed over by a warp group that does not.
-
 All warp groups of a tile go through the blocks of all its rows. One that none of a warp group's own rows sees has no
 votes, so it is not kept; nor is it counted.
+
+Sparsity differs from head to head, so programs take tiles by a counter: the producer does, and tells the warp groups
+through `tile_smem`, two slots with a barrier each, tile_full (1 arrival). Tiles without blocks are not told of.
+
+The barriers of Q, K and V are those of hopper.py, where K and V have slots of their own number and two differ:
+
+    k_empty[s] a warp group arrives once it has decided on the slot's block, and has written down in `wanted_smem`
+               whether it keeps it; so the producer knows of K_STAGES blocks before the one that it asks K for
+    v_full[s]  where no warp group wants the block, the producer arrives and copies nothing
+
+The producer asks for K of block i + 1 before V of block i. If the block that last left the slot of that K was wanted,
+it asks for V at once, as dense attention would; if not, it waits for the decisions on block i first.
+
+Nobody waits for what lies ahead: the decision on a block needs its own K and the V before it; V needs the decision on
+its own block, and the product of block i - V_STAGES, which ends when V of the block after that is there.
 """
 
 from triton.experimental import gluon
@@ -64,15 +76,35 @@ def _take(tile_smem, tile_full, tiles):
 
 
 @gluon.jit
+def _is_wanted(wanted_smem, slot):
+    """Whether a warp group said of the block in this slot of K that it keeps it."""
+    is_wanted = False
+    for c in gl.static_range(CONSUMERS):
+        said = wanted_smem.index(slot * CONSUMERS + c).load(gl.BlockedLayout([1], [32], [1], [0]))
+        is_wanted = is_wanted | (gl.max(said, 0) != 0)
+    return is_wanted
+
+
+@gluon.jit
+def _release_key(k_empty, wanted_smem, slot, is_kept, CONSUMER: gl.constexpr):
+    """The scores are there, and this is whether the values are wanted."""
+    said = gl.full([1], gl.cast(is_kept, gl.int32), gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    wanted_smem.index(slot * CONSUMERS + CONSUMER).store(said)
+    mbarrier.arrive(k_empty.index(slot))
+
+
+@gluon.jit
 def _produce(
-    shared, tile_slots, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VISIT_ORDER: gl.constexpr
+    shared, tile_slots, work, inputs, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    VISIT_ORDER: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
     q_desc, k_desc, v_desc, group_size = inputs
     tiles = 0
     blocks = 0
+    is_likely = gl.program_id(0) >= 0
     t = gl.program_id(0)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
@@ -91,16 +123,30 @@ def _produce(
                 mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
                 _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
             tiles += 1
-            for step in range(num_blocks):
-                n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
-                slot = blocks % STAGES
-                phase_before = ((blocks // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(slot), phase_before)
-                _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
-                mbarrier.wait(v_empty.index(slot), phase_before)
-                _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
-                blocks += 1
-        # the warp groups still have STAGES blocks to go when this is asked for
+            # K of a block is asked for before V of the one before it
+            for step in range(num_blocks + 1):
+                if step < num_blocks:
+                    slot = (blocks + step) % K_STAGES
+                    mbarrier.wait(k_empty.index(slot), (((blocks + step) // K_STAGES) & 1) ^ 1)
+                    is_likely = _is_wanted(wanted_smem, slot)
+                    n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
+                    _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
+                if step > 0:
+                    block = blocks + step - 1
+                    is_wanted = step > 0
+                    if (step > 1) & (is_likely == 0):
+                        slot = block % K_STAGES
+                        mbarrier.wait(k_empty.index(slot), (block // K_STAGES) & 1)
+                        is_wanted = _is_wanted(wanted_smem, slot)
+                    slot = block % V_STAGES
+                    mbarrier.wait(v_empty.index(slot), ((block // V_STAGES) & 1) ^ 1)
+                    if is_wanted:
+                        n0 = visit(step - 1, num_blocks, VISIT_ORDER) * BLOCK_N
+                        _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
+                    else:
+                        mbarrier.arrive(v_full.index(slot))
+            blocks += num_blocks
+        # the warp groups still have blocks to go when this is asked for
         t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
     _give(t, tile_smem, tile_full, tiles)
 
@@ -165,10 +211,10 @@ def _write_down(bits_row_ptr, word, num_kept, block, is_kept):
 @gluon.jit
 def _consume(
     shared, tile_slots, work, numbers, outputs, skipping,
-    CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
     softmax_scale, window_right = numbers
@@ -203,60 +249,63 @@ def _consume(
 
         mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
         tiles += 1
-        slot = blocks % STAGES
-        mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
-        s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
-        mbarrier.arrive(k_empty.index(slot))
+        slot_k = blocks % K_STAGES
+        mbarrier.wait(k_full.index(slot_k), (blocks // K_STAGES) & 1)
+        s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
+        is_kept = num_blocks > 0
+        _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
         s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
         m_first = gl.max(s, 1)
         m_before = m_first
-        is_kept = num_blocks > 0
         p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
         p = _operand(p, out_layout, v_smem.dtype)
-        mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
+        mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
         # the block scored last; those below it, down to 1, are left
         block = num_blocks
         while block > 1:
             block -= 1
-            slot_k = (blocks + 1) % STAGES
-            mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
+            slot_k = (blocks + 1) % K_STAGES
+            mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
             scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            product = warpgroup_mma(p, _rows(v_smem.index(blocks % STAGES)), acc, is_async=True)
+            product = warpgroup_mma(p, _rows(v_smem.index(blocks % V_STAGES)), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_empty.index(slot_k))
             blocks += 1
             s, is_kept, m_before = _decide(
                 s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                 m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
             )  # fmt: skip
+            _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
             word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             while (is_kept == 0) & (block > 1):
                 block -= 1
                 acc, p = warpgroup_mma_wait(0, deps=[product, p])
                 product = warpgroup_mma_init(acc)
-                mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
-                mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
+                mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
+                slot_k = (blocks + 1) % K_STAGES
+                mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
+                scores = warpgroup_mma(
+                    q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True
+                )
+                mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
+                s = warpgroup_mma_wait(0, deps=[scores])
                 blocks += 1
-                slot_k = blocks % STAGES
-                mbarrier.wait(k_full.index(slot_k), (blocks // STAGES) & 1)
-                s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-                mbarrier.arrive(k_empty.index(slot_k))
                 s, is_kept, m_before = _decide(
                     s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
+                _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
                 word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
             if is_kept:
                 s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
             # here, where it keeps ptxas from moving the exponentials behind the end of the product
-            mbarrier.wait(v_full.index(blocks % STAGES), (blocks // STAGES) & 1)
+            mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
             acc, p = warpgroup_mma_wait(0, deps=[product, p])
-            mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))
+            mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
             acc = acc * _column(alpha, out_layout)
             p = _operand(s, out_layout, v_smem.dtype)
         mbarrier.arrive(q_empty.index(CONSUMER))
-        slot = blocks % STAGES
+        slot = blocks % V_STAGES
         if is_kept:
             acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
         mbarrier.arrive(v_empty.index(slot))
@@ -302,39 +351,42 @@ def hopper_sparse_forward_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, last_tile_ptr, threshold_ptr, block_bits_ptr, counts_ptr,
     rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
     stride_tb, stride_th, stride_bh, stride_bt,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_RIGHT: gl.constexpr, VISIT_ORDER: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), any number. As hopper_forward_kernel, for two warp groups; block_bits and counts hold 0."""
     gl.static_assert(VISIT_ORDER == 2, "blocks are visited in the order first_then_descending")
-    gl.static_assert(STAGES > 1, "V of a block is waited for before the slot of the one before it is given back")
+    gl.static_assert(V_STAGES > 1, "V of a block is waited for before the slot of the one before it is given back")
     num_tiles = gl.load(last_tile_ptr)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], barrier)
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
-    for slot in gl.static_range(STAGES):
+    for slot in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(k_empty.index(slot), count=CONSUMERS)
+    for slot in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(v_empty.index(slot), count=CONSUMERS)
-    tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flag: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    wanted_smem = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 1], flag)
+    tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], flag)
     tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     for slot in gl.static_range(2):
         mbarrier.init(tile_full.index(slot), count=1)
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    shared = (q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tile_slots = (tile_smem, tile_full)
     work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
     inputs = (q_desc, k_desc, v_desc, group_size)
@@ -343,9 +395,41 @@ def hopper_sparse_forward_kernel(
     skipping = (threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs)
     gl.warp_specialize(
         [
-            (_consume, (shared, tile_slots, work, numbers, outputs, skipping, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-            (_consume, (shared, tile_slots, work, numbers, outputs, skipping, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-            (_produce, (shared, tile_slots, work, inputs, BLOCK_N, STAGES, VISIT_ORDER)),
+            (
+                _consume,
+                (
+                    shared,
+                    tile_slots,
+                    work,
+                    numbers,
+                    outputs,
+                    skipping,
+                    0,
+                    HEAD_DIM,
+                    BLOCK_N,
+                    K_STAGES,
+                    V_STAGES,
+                    HAS_RIGHT,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    shared,
+                    tile_slots,
+                    work,
+                    numbers,
+                    outputs,
+                    skipping,
+                    1,
+                    HEAD_DIM,
+                    BLOCK_N,
+                    K_STAGES,
+                    V_STAGES,
+                    HAS_RIGHT,
+                ),
+            ),
+            (_produce, (shared, tile_slots, work, inputs, BLOCK_N, K_STAGES, V_STAGES, VISIT_ORDER)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -12,6 +12,7 @@ import torch
 import fa_ops
 from fa_ops import hopper, hopper_sparse
 from fa_ops.kernels import hopper_sparse as kernels
+from fa_ops.kernels.configs import HOPPER_SPARSE_TILES
 from tests.support.accuracy import AccuracyError, check_case, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile, dropped_share
@@ -156,6 +157,21 @@ def test_values_of_dropped_blocks_are_not_read(launches):
     assert_same_bits(evaluate_forward(fa_ops.attention, inputs), clean, "for NaN among values that are dropped")
 
 
+@pytest.mark.parametrize("stages", [(2, 2), (4, 3)])
+def test_values_that_nobody_wants_are_not_copied(stages: tuple[int, int], monkeypatch, launches):
+    """Runs of blocks that are dropped, and single ones; other numbers of slots."""
+    tile = HOPPER_SPARSE_TILES[64]._replace(k_stages=stages[0], v_stages=stages[1])
+    monkeypatch.setitem(HOPPER_SPARSE_TILES, 64, tile)
+    case = sparse_case(lens_q=(128,), lens_k=(5000,), is_causal=False, group_size=1, skip_share=0.8)
+    check(case)
+    visited = 40
+    bits = oracle_bits(case.build())[0]
+    kept_by_any = sum(bool((bits[0, :2, n // 32] >> n % 32 & 1).any()) for n in range(visited))
+    _, keys, values = kernels.hopper_sparse_forward_kernel.copies
+    assert keys == visited
+    assert kept_by_any <= values < (visited + kept_by_any) / 2
+
+
 def test_repeats_and_any_number_of_programs(monkeypatch, launches):
     inputs = sparse_case(lens_q=(600, 150), heads_kv=2).build()
     expected = evaluate_forward(fa_ops.attention, inputs)
@@ -166,7 +182,7 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
 
 
 # Changes to the kernel's source, each of which must be found.
-RELEASE = "mbarrier.arrive(v_empty.index((blocks - 1) % STAGES))\n"
+RELEASE = "mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))\n"
 WAIT = "acc, p = warpgroup_mma_wait(0, deps=[product, p])\n"
 FAULTS = {
     "a_dropped_block_keeps_its_v": (f"warpgroup_mma_init(acc)\n                {RELEASE}", "warpgroup_mma_init(acc)\n"),
@@ -179,6 +195,15 @@ FAULTS = {
         "        blocks",
     ),
     "the_last_block_is_always_kept": ("if is_kept:\n            acc = warp", "if True:\n            acc = warp"),
+    "the_producer_does_not_wait_for_the_decision": (
+        "                        mbarrier.wait(k_empty.index(slot), (block // K_STAGES) & 1)\n",
+        "",
+    ),
+    "one_warp_group_decides_for_both": ("is_wanted | (gl.max", "(gl.max"),
+    "k_is_released_before_its_use": (
+        "            s = warpgroup_mma_wait(1, deps=[scores])\n",
+        "            mbarrier.arrive(k_empty.index(slot_k))\n            s = warpgroup_mma_wait(1, deps=[scores])\n",
+    ),
     "a_tile_in_the_wrong_slot": ("    slot = tiles % 2\n    tile_smem", "    slot = (tiles + 1) % 2\n    tile_smem"),
     "a_tile_is_taken_twice": ("gl.num_programs(0) + gl.atomic_add", "0 * gl.num_programs(0) + gl.atomic_add"),
     "nothing_is_masked": ("    if block >= num_full:\n", "    if False:\n"),

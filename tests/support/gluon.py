@@ -28,7 +28,8 @@ class EmulationError(AssertionError):
 
 
 class EmulatedKernel:
-    """`kernel[grid](...)` in Python; `module` is where its functions and their globals are."""
+    """`kernel[grid](...)` in Python; `module` is where its functions and their globals are. `copies` counts the copies
+    into shared memory of the last launch, from each descriptor in the order of the arguments."""
 
     def __init__(self, module: types.ModuleType, name: str, seed: int = 0):
         self.names, self.name, self.seed = dict(vars(module)), name, seed  # the module's own may be replaced by this
@@ -40,6 +41,7 @@ class EmulatedKernel:
                 emulated = _Program(program, grid[0], random.Random(f"{self.seed}-{program}"))
                 emulated.namespace(self.names)[self.name](*args, **constants)
                 emulated.check_end()
+            self.copies = [x.copies for x in args if isinstance(x, _Descriptor)]
 
         return run
 
@@ -72,6 +74,7 @@ class _Descriptor:
 
     def __init__(self, descriptor: Any):
         self.given = descriptor
+        self.copies = 0
         self.memory = _storage(descriptor.base)
         self.dtype = descriptor.base.dtype
         self.layout = None
@@ -293,6 +296,7 @@ class _Program:
         self._arrive(barrier)
 
     def _copy(self, descriptor: _Descriptor, coordinates: list[int], barrier: _Shared, destination: _Shared) -> None:
+        descriptor.copies += 1
         destination.values.fill_(torch.nan)
         delay = self.rng.random() * COPY_SECONDS
 
