@@ -162,3 +162,10 @@ def test_device_and_version(monkeypatch):
     assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
     assert hopper.refusal(q) == "cuda:0 is not of sm_90"
+
+
+def test_the_sparse_kernel_is_a_preview(monkeypatch):
+    """Whatever else runs by default."""
+    q = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(tier, "TIER", "auto")
+    assert hopper.refusal(q, (64, 128)) == "FA_OPS_KERNEL is 'auto', with skip_softmax_threshold"
