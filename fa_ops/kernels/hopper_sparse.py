@@ -23,11 +23,12 @@ The barriers of Q, K and V are those of hopper.py, where K and V have slots of t
                whether it keeps it; so the producer knows of K_STAGES blocks before the one that it asks K for
     v_full[s]  where no warp group wants the block, the producer arrives and copies nothing
 
-The producer asks for K of block i + 1 before V of block i. If the block that last left the slot of that K was wanted,
-it asks for V at once, as dense attention would; if not, it waits for the decisions on block i first.
+The producer asks for V of block i after K of block i + K_STAGES - 1, so it knows whether block i - 1 was wanted. If it
+was, V is asked for at once, as in dense attention; if not, the producer waits for the decisions on block i first.
 
-Nobody waits for what lies ahead: the decision on a block needs its own K and the V before it; V needs the decision on
-its own block, and the product of block i - V_STAGES, which ends when V of the block after that is there.
+Nobody waits for what lies ahead: the decision on a block needs its own K and the V before it; V needs the decisions on
+its own block, K ahead those on the block before it, and both the product of block i - V_STAGES, which ends when V of
+the block after that is there.
 """
 
 from triton.experimental import gluon
@@ -123,25 +124,26 @@ def _produce(
                 mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
                 _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
             tiles += 1
-            # K of a block is asked for before V of the one before it
-            for step in range(num_blocks + 1):
+            for step in range(num_blocks + K_STAGES - 1):
                 if step < num_blocks:
-                    slot = (blocks + step) % K_STAGES
-                    mbarrier.wait(k_empty.index(slot), (((blocks + step) // K_STAGES) & 1) ^ 1)
+                    block = blocks + step
+                    slot = block % K_STAGES
+                    mbarrier.wait(k_empty.index(slot), ((block // K_STAGES) & 1) ^ 1)
                     is_likely = _is_wanted(wanted_smem, slot)
                     n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
                     _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
-                if step > 0:
-                    block = blocks + step - 1
-                    is_wanted = step > 0
-                    if (step > 1) & (is_likely == 0):
+                behind = step - (K_STAGES - 1)
+                if behind >= 0:
+                    block = blocks + behind
+                    is_wanted = behind >= 0
+                    if (behind > 0) & (is_likely == 0):
                         slot = block % K_STAGES
                         mbarrier.wait(k_empty.index(slot), (block // K_STAGES) & 1)
                         is_wanted = _is_wanted(wanted_smem, slot)
                     slot = block % V_STAGES
                     mbarrier.wait(v_empty.index(slot), ((block // V_STAGES) & 1) ^ 1)
                     if is_wanted:
-                        n0 = visit(step - 1, num_blocks, VISIT_ORDER) * BLOCK_N
+                        n0 = visit(behind, num_blocks, VISIT_ORDER) * BLOCK_N
                         _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
                     else:
                         mbarrier.arrive(v_full.index(slot))
@@ -283,17 +285,15 @@ def _consume(
                 mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
                 slot_k = (blocks + 1) % K_STAGES
                 mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
-                scores = warpgroup_mma(
-                    q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True
-                )
-                mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
-                s = warpgroup_mma_wait(0, deps=[scores])
-                blocks += 1
+                s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
                 s, is_kept, m_before = _decide(
                     s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
                 _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
+                # as late as can be: V of the block before, if anybody's, needs the others' decisions
+                mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
+                blocks += 1
                 word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
             if is_kept:
