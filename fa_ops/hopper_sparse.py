@@ -49,6 +49,8 @@ def launch(
     if num_seqs * rows_q * rows_k * heads == 0:
         return out, lse, block_bits, counts
     q, k, v = (hopper._for_copy_engine(t) for t in (q, k, v))
+    if sum((n - 1) * stride for n, stride in zip(threshold.shape, threshold.stride(), strict=True)) >= 2**31:
+        threshold = threshold.contiguous()  # the kernel's indices have 32 bits
     tile = HOPPER_SPARSE_TILES[q.shape[-1]]
     assert (ROWS.value, tile.block_n) == (skip_block_q, skip_block_k)
     with torch.cuda.device_of(q):

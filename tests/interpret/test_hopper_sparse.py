@@ -26,7 +26,7 @@ from tests.support.skip import oracle_bits
 OP = torch.ops.modelopt.varlen_attention
 PROGRAMS = 3
 SEEDS = range(7000, 7060)
-QUICK = SEEDS[:48:12]
+QUICK = (7003, 7013, 7016, 7020)  # padded and packed prefill of each head dimension, few heads
 
 
 class BlocksError(AssertionError):
@@ -104,7 +104,7 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["causal", "full"])
 @pytest.mark.parametrize(("lens_q", "lens_k"), EDGES.values(), ids=EDGES.keys())
 def test_edges(lens_q: tuple, lens_k: tuple | None, is_causal: bool, launches):
     check(sparse_case(lens_q=lens_q, lens_k=lens_k, is_causal=is_causal))
@@ -117,7 +117,9 @@ def test_words_of_bits(launches):
     assert launches
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan"), 1e-30])
+@pytest.mark.parametrize(
+    "threshold", [1.0, 1e-30, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, torch.nan))]
+)
 def test_thresholds_that_drop_nothing(threshold: float, launches):
     """The result is that of dense attention."""
     case = sparse_case(lens_q=(300, 1, 65))
@@ -215,7 +217,16 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("old", "new"), FAULTS.values(), ids=FAULTS.keys())
+LENGTHY = ("a_segment_too_late", "a_word_is_not_emptied")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param(*change, id=name, marks=pytest.mark.slow if name in LENGTHY else ())
+        for name, change in FAULTS.items()
+    ],
+)
 def test_faults_are_found(old: str, new: str, monkeypatch, tmp_path, launches):
     source = Path(kernels.__file__).read_text()
     assert source.count(old) == 1
