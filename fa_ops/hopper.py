@@ -5,6 +5,7 @@ own.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
 HEAD_DIMS = (64, 128, 256)
+SKIP_BLOCKS = {64: ((64, 128),), 128: ((64, 128),), 256: ((64, 64),)}  # of skip-softmax, by head dimension
 ALIGNMENT = 16  # bytes: of the copy engine's addresses and strides
 TILE_LIST_WARPS = 4
 MAX_ROWS = 2**30  # of a ragged descriptor
@@ -52,7 +54,7 @@ def unsupported(
     sinks: Tensor | None,
     key_mask: Tensor | None,
     block_table: Tensor | None,
-    threshold: Tensor | None,
+    skip_blocks: tuple[int, int] | None,
 ) -> str | None:
     """What of a call the kernel does not know, whatever the device; None if nothing. Lengths have no say, since a
     sequence's result must not depend on its neighbours."""
@@ -67,7 +69,8 @@ def unsupported(
         ("sinks", sinks is not None),
         ("key_mask", key_mask is not None),
         ("block_table", block_table is not None),
-        ("skip_softmax_threshold", threshold is not None),
+        ("skip_softmax_block", skip_blocks is not None and skip_blocks not in SKIP_BLOCKS[q.shape[-1]]),
+        ("window_left with skip_softmax_threshold", window_left >= 0 and skip_blocks is not None),
         ("padded queries of one row", q.dim() == 4 and q.shape[1] == 1),  # 63 of 64 rows would be waste
     ):
         if is_used:
@@ -80,7 +83,15 @@ def unsupported(
     tiles = rows // 64 + num_seqs if q.dim() == 3 else (rows // 64 + 1) * num_seqs
     if tiles * max(q.shape[-2], 16) >= 2**31:  # 32-bit indices of a tile and head, and into the list of tiles
         return "number of tiles"
+    if skip_blocks is not None and _are_many_blocks(q, k, num_seqs, skip_blocks):
+        return "number of blocks"
     return None
+
+
+def _are_many_blocks(q: Tensor, k: Tensor, num_seqs: int, skip_blocks: tuple[int, int]) -> bool:
+    """Whether the sparse kernel's 32-bit indices into lse or block_bits might not do."""
+    shape = outputs.skip_shape(q, k, num_seqs, skip_blocks)
+    return max(math.prod(shape), math.prod(q.shape[:-1])) >= 2**31
 
 
 def _unsupported_layout(t: Tensor) -> str | None:
@@ -208,6 +219,7 @@ def tile_list(
     window_right: int,
     block_m: int,
     block_n: int,
+    skip_block_q: int = 0,
 ) -> tuple[Tensor, int]:
     """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be. Writes 0 and -inf to
     the rows of out and lse that no tile with blocks has."""
@@ -227,7 +239,7 @@ def tile_list(
     constants = {
         "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
         "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
-        "num_warps": TILE_LIST_WARPS,
+        "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
     }  # fmt: skip
     launch_compiled(tile_list_kernel, (bound + pieces,), args, constants)
     return records, bound

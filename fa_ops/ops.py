@@ -14,7 +14,7 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops, decoding, hopper
+from fa_ops import cpu_ops, decoding, hopper, hopper_sparse
 from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
@@ -94,7 +94,12 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     require_triton(q)
-    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, threshold)
+    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, skip_blocks)
+    if reason is None and skip_blocks is not None:
+        logger.debug("varlen_attention: sm_90 kernel, sparse")
+        return hopper_sparse.attend(
+            q, k, v, b_start_loc, b_seq_len, start_k, length_k, threshold, scale, right, *skip_blocks
+        )
     if reason is None:
         logger.debug("varlen_attention: sm_90 kernel")
         results = hopper.attend(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)

@@ -28,13 +28,20 @@ def empty_skip(
     """
     if skip_blocks is None:
         return q.new_empty((0,), dtype=torch.int32), q.new_empty((0,), dtype=torch.int64)
+    num_seqs = b_seq_len.shape[0]
+    bits = q.new_empty(skip_shape(q, k, num_seqs, skip_blocks, block_table), dtype=torch.int32)
+    return bits, q.new_empty((2, num_seqs, q.shape[-2]), dtype=torch.int64)
+
+
+def skip_shape(
+    q: Tensor, k: Tensor, num_seqs: int, skip_blocks: Sequence[int], block_table: Tensor | None = None
+) -> tuple[int, int, int]:
+    """(Hq, query tiles, words) of block_bits."""
     block_q, block_k = skip_blocks
-    num_seqs, rows, heads = b_seq_len.shape[0], q.shape[-3], q.shape[-2]
-    tiles = (rows + block_q - 1) // block_q
+    tiles = (q.shape[-3] + block_q - 1) // block_q
     tiles = tiles + num_seqs if q.dim() == 3 else tiles * num_seqs
     blocks = (key_extent(k, block_table) + block_k - 1) // block_k
-    bits = q.new_empty((heads, tiles, -(-blocks // BITS_PER_WORD)), dtype=torch.int32)
-    return bits, q.new_empty((2, num_seqs, heads), dtype=torch.int64)
+    return q.shape[-2], tiles, -(-blocks // BITS_PER_WORD)
 
 
 def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,16 @@ class HopperTile(NamedTuple):
     producer_registers: int
 
 
+class HopperSparseTile(NamedTuple):
+    """Keys of a block, slots for blocks of K and of V, registers of a warp group's threads and the copying warp's."""
+
+    block_n: int
+    k_stages: int
+    v_stages: int
+    consumer_registers: int
+    producer_registers: int
+
+
 HEAD_DIM_ROWS = (64, 128, 256)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 INTERPRETER_TILE = Tile(16, 32, 1, 1)
@@ -71,6 +81,12 @@ HOPPER_TILES = {
     64: HopperTile(128, 2, 3, 160, 32),
     128: HopperTile(128, 2, 2, 240, 24),
     256: HopperTile(64, 2, 2, 240, 24),
+}
+# with skip-softmax: BLOCK_N is a part of what is computed, and a warp group's rows are those of a block
+HOPPER_SPARSE_TILES = {
+    64: HopperSparseTile(128, 3, 2, 240, 24),
+    128: HopperSparseTile(128, 3, 2, 240, 24),
+    256: HopperSparseTile(64, 3, 2, 240, 24),
 }
 
 

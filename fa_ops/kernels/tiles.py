@@ -20,6 +20,7 @@ from fa_ops.kernels.primitives import (
     scan_lengths,
     wrap_rows,
 )
+from fa_ops.kernels.skip import first_tile
 
 RECORD = tl.constexpr(16)  # int32 from one record to the next, of which FIELDS are in use
 FIELDS = (
@@ -27,6 +28,7 @@ FIELDS = (
     "begin", "num_left", "num_full", "num_right",  # where its blocks begin; how many are masked left, not, right
     "batch_row", "row",  # of the padded batch and of m0, among all rows of a contiguous tensor
     "end_q", "end_k", "end_v",  # the rows behind the sequence, a batch stride being worth as many rows as fit into it
+    "seq", "skip_tile",  # with skip-softmax: the sequence, and the first query tile of its block_bits
 )  # fmt: skip
 
 
@@ -42,12 +44,12 @@ def tile_list_kernel(
     tiles_ptr, out_ptr, lse_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
     window_left, window_right, num_seqs, rows_q, rows_k, batch_rows_q, batch_rows_k, batch_rows_v,
     heads, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr, SKIP_BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for, and if packed a program more for each CLEAR_ROWS rows, which
     clears those of no sequence. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in use; the last record
-    begins with their number. A tile without rows has no blocks. batch_rows are batch strides, in rows; out and lse are
-    contiguous."""
+    begins with their number and with 0, where programs count those that they take. A tile without rows has no blocks.
+    batch_rows are batch strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q is 0 without skip-softmax."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     if IS_PACKED:
@@ -111,3 +113,6 @@ def tile_list_kernel(
     tl.store(record_ptr + 9, seq * batch_rows_q + start_q.to(tl.int32) + len_q)
     tl.store(record_ptr + 10, seq * batch_rows_k + start_k.to(tl.int32) + len_k)
     tl.store(record_ptr + 11, seq * batch_rows_v + start_k.to(tl.int32) + len_k)
+    if SKIP_BLOCK_Q:
+        tl.store(record_ptr + 12, seq)
+        tl.store(record_ptr + 13, first_tile(b_seq_len_ptr, seq, rows_q, SKIP_BLOCK_Q, IS_PACKED).to(tl.int32))

@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 
+from fa_ops import hopper
 from tests.support.cases import Case
-from tests.support.draw import MANY_ROWS, Profile, draw_case
+from tests.support.draw import MANY_ROWS, SKIP_STRIDE, Profile, draw_case, draw_skip_case, dropped_share
 
 
 def draw_many(profile: Profile, count: int) -> list[Case]:
@@ -15,12 +16,32 @@ def draw_many(profile: Profile, count: int) -> list[Case]:
 
 def draw_supported(profile: Profile, seed: int) -> Case:
     """A Case of the profile without what the kernel does not know; every fourth has a window, where it can."""
-    case = dataclasses.replace(draw_case(profile, seed), key_mask=None, softcap=0.0, has_sinks=False)
-    if case.memory == "gapped":
-        case = dataclasses.replace(case, memory="contiguous")
-    if case.softmax_scale is not None and case.softmax_scale <= 0:
-        case = dataclasses.replace(case, softmax_scale=None)
+    case = _supported(draw_case(profile, seed))
     window_size = (-1, -1)
     if seed % 4 == 0 and case.head_dim <= 128:
         window_size = (seed * 7 % profile.max_len, seed % 7 * 20)
     return dataclasses.replace(case, is_causal=case.is_causal and seed % 8 != 4, window_size=window_size)
+
+
+def draw_sparse(profile: Profile, seed: int) -> Case:
+    """A Case of skip-softmax without what the kernel does not know; the profile has one head dimension."""
+    ((head_dim, _),) = profile.head_dims
+    attempts = (_draw_sparse(profile, attempt, head_dim) for attempt in itertools.count(seed, SKIP_STRIDE))
+    return next(case for case in attempts if 0.1 <= dropped_share(case.build()) <= 0.9)
+
+
+def _draw_sparse(profile: Profile, seed: int, head_dim: int) -> Case:
+    case = _supported(draw_skip_case(profile, seed, hopper.SKIP_BLOCKS[head_dim]))
+    case = dataclasses.replace(case, window_size=(-1, case.window_size[1]))
+    if case.is_padded and max(case.lens_q) == 1:
+        case = dataclasses.replace(case, is_padded=False, placement="gaps")
+    return case
+
+
+def _supported(case: Case) -> Case:
+    case = dataclasses.replace(case, key_mask=None, softcap=0.0, has_sinks=False)
+    if case.memory == "gapped":
+        case = dataclasses.replace(case, memory="contiguous")
+    if case.softmax_scale is not None and case.softmax_scale <= 0:
+        case = dataclasses.replace(case, softmax_scale=None)
+    return case

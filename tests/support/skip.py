@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa_ops.reference import SkipBlocks
+from fa_ops.reference import SkipBlocks, skip_softmax_blocks
+from fa_ops_meta import outputs
+from fa_ops_meta.skip import BITS_PER_WORD
 
 MIN_DISTANCE = 2e-3  # of ln(threshold) from any margin
 FORMS = ("number", "scalar", "sequence", "head")  # what a threshold is given as: float, (), (B,), (B, Hq)
@@ -38,6 +40,30 @@ def thresholds(skips: list[SkipBlocks], share: float, form: str) -> float | Tens
             for skip in skips
         ]
     )
+
+
+def oracle_bits(inputs) -> tuple[Tensor, Tensor]:
+    """(block_bits, counts) that the op has to give for the Inputs of a case without a key_mask."""
+    case, lens = inputs.case, inputs.b_seq_len
+    skips = skip_softmax_blocks(
+        inputs.q, inputs.k, inputs.b_start_loc, lens, case.is_causal, case.softmax_scale,
+        inputs.b_start_loc_k, inputs.b_seq_len_k, window_size=case.window_size, softcap=case.softcap,
+        skip_softmax_threshold=inputs.skip_softmax_threshold, skip_softmax_block=case.skip_block,
+    )  # fmt: skip
+    bits, counts = (t.zero_() for t in outputs.empty_skip(inputs.q, inputs.k, lens, case.skip_block))
+    tile = 0
+    for seq, skip in enumerate(skips):
+        _, tiles, blocks = skip.visited.shape
+        if case.is_padded:
+            tile = seq * -(-inputs.q.shape[1] // case.skip_block[0])
+        for block in range(blocks):
+            kept = skip.visited[..., block] & ~skip.dropped[..., block]
+            bit = torch.tensor(1 << block % BITS_PER_WORD).int()
+            bits[:, tile : tile + tiles, block // BITS_PER_WORD] |= kept.to(bits) * bit.to(bits.device)
+        counts[0, seq] = skip.visited.sum((1, 2))
+        counts[1, seq] = (skip.visited & skip.dropped).sum((1, 2))
+        tile += tiles
+    return bits, counts
 
 
 def _threshold(margins: list[Tensor], share: float) -> float:

@@ -22,7 +22,7 @@ def refusal_of(case=SUPPORTED, **other) -> str | None:
     inputs = case.build()
     call = {
         "softmax_scale": case.softmax_scale or 0.1, "window_left": -1, "softcap": 0.0, "sinks": None, "key_mask": None,
-        "block_table": None, "threshold": None,
+        "block_table": None, "skip_blocks": None,
     } | other  # fmt: skip
     return hopper.unsupported(inputs.q, inputs.k, inputs.v, inputs.b_seq_len, *call.values())
 
@@ -52,6 +52,12 @@ def test_takes_what_it_is_made_for():
             assert refusal_of(case) is None, str(case)
 
 
+@pytest.mark.parametrize(("head_dim", "blocks"), [(64, (64, 128)), (128, (64, 128)), (256, (64, 64))])
+def test_takes_blocks_of_skip_softmax(head_dim: int, blocks: tuple[int, int]):
+    case = dataclasses.replace(SUPPORTED, head_dim=head_dim, value_dim=head_dim)
+    assert refusal_of(case, skip_blocks=blocks) is None
+
+
 @pytest.mark.parametrize(
     ("case", "other", "reason"),
     [
@@ -66,7 +72,10 @@ def test_takes_what_it_is_made_for():
         (SUPPORTED, {"sinks": torch.zeros(4)}, "sinks"),
         (SUPPORTED, {"key_mask": torch.ones(2, 7, dtype=torch.bool)}, "key_mask"),
         (SUPPORTED, {"block_table": torch.zeros(2, 4, dtype=torch.int32)}, "block_table"),
-        (SUPPORTED, {"threshold": torch.zeros(2, 4)}, "skip_softmax_threshold"),
+        (SUPPORTED, {"skip_blocks": (64, 64)}, "skip_softmax_block"),
+        (SUPPORTED, {"skip_blocks": (128, 128)}, "skip_softmax_block"),
+        (dataclasses.replace(SUPPORTED, head_dim=256, value_dim=256), {"skip_blocks": (64, 128)}, "skip_softmax_block"),
+        (SUPPORTED, {"skip_blocks": (64, 128), "window_left": 5}, "window_left with skip_softmax_threshold"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -116,6 +125,15 @@ def test_number_of_tiles():
         assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) == reason
 
 
+def test_number_of_blocks():
+    """Bits of a sparse call, and rows of all heads, are indexed by 32-bit numbers."""
+    length = torch.empty(1, dtype=torch.int32, device="meta")
+    for rows, reason in ((2**21, None), (2**22, "number of blocks")):
+        q = strided((rows, 32, 64), (32 * 64, 64, 1))
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, (64, 128)) == reason
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) is None
+
+
 def test_device_and_version(monkeypatch):
     q = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(hopper, "_capability", lambda device: (9, 0))
@@ -126,3 +144,10 @@ def test_device_and_version(monkeypatch):
     assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
     assert hopper.refusal(q) == "cuda:0 is not of sm_90"
+
+
+def test_the_sparse_kernel_is_a_preview(monkeypatch):
+    """Whatever else runs by default."""
+    q = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(tier, "TIER", "auto")
+    assert hopper.refusal(q, (64, 128)).startswith("FA_OPS_KERNEL is 'auto'")
