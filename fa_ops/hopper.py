@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops.kernels import tier
-from fa_ops.launching import launch_compiled, multi_processors
+from fa_ops.launching import launch_compiled, mask_strides, multi_processors
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
@@ -27,7 +27,7 @@ LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
 _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, "
-    "Tensor b_seq_len_k, float softmax_scale, int window_left, int window_right) -> (Tensor, Tensor)",
+    "Tensor b_seq_len_k, Tensor? key_mask, float softmax_scale, int window_left, int window_right) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -52,7 +52,6 @@ def unsupported(
     window_left: int,
     softcap: float,
     sinks: Tensor | None,
-    key_mask: Tensor | None,
     block_table: Tensor | None,
     skip_blocks: tuple[int, int] | None,
 ) -> str | None:
@@ -67,7 +66,6 @@ def unsupported(
         ("window_left", window_left >= 0 and q.shape[-1] > 128),  # it would spill registers
         ("softcap", softcap > 0),
         ("sinks", sinks is not None),
-        ("key_mask", key_mask is not None),
         ("block_table", block_table is not None),
         ("skip_softmax_block", skip_blocks is not None and skip_blocks not in SKIP_BLOCKS[q.shape[-1]]),
         ("window_left with skip_softmax_threshold", window_left >= 0 and skip_blocks is not None),
@@ -170,11 +168,13 @@ def launch(
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
+    key_mask: Tensor | None,
     softmax_scale: float,
     window_left: int,
     window_right: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of what `unsupported` lets through; index tensors are contiguous."""
+    """(out, lse) of what `unsupported` lets through; index tensors are contiguous. Rows of sequences with holes in
+    their keys are 0 and -inf: the portable kernel comes after this one."""
     from fa_ops.kernels.configs import HOPPER_TILES
     from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
 
@@ -188,7 +188,7 @@ def launch(
         window_right = rows_q  # hides nothing
     with torch.cuda.device_of(q):
         tiles, bound = tile_list(
-            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
+            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, window_left, window_right,
             ROWS.value * tile.consumers, tile.block_n,
         )  # fmt: skip
         args = (
@@ -215,6 +215,7 @@ def tile_list(
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
+    key_mask: Tensor | None,
     window_left: int,
     window_right: int,
     block_m: int,
@@ -233,13 +234,14 @@ def tile_list(
     pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
     args = (
         records, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+        b_seq_len if key_mask is None else key_mask,
         window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)),
-        q.shape[-2],
+        q.shape[-2], *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
         "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
         "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
-        "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
+        "HAS_KEY_MASK": key_mask is not None, "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
     }  # fmt: skip
     launch_compiled(tile_list_kernel, (bound + pieces,), args, constants)
     return records, bound

@@ -17,8 +17,8 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sparse_sm90(Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, "
-    "Tensor b_start_loc_k, Tensor b_seq_len_k, Tensor threshold, float softmax_scale, int window_right, "
-    "int skip_block_q, int skip_block_k) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor b_start_loc_k, Tensor b_seq_len_k, Tensor? key_mask, Tensor threshold, float softmax_scale, "
+    "int window_right, int skip_block_q, int skip_block_k) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -31,6 +31,7 @@ def launch(
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
+    key_mask: Tensor | None,
     threshold: Tensor,
     softmax_scale: float,
     window_right: int,
@@ -56,7 +57,7 @@ def launch(
     assert (ROWS.value, tile.block_n) == (skip_block_q, skip_block_k)
     with torch.cuda.device_of(q):
         tiles, bound = hopper.tile_list(
-            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, -1, window_right,
+            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, -1, window_right,
             ROWS.value * CONSUMERS.value, tile.block_n, skip_block_q,
         )  # fmt: skip
         args = (
@@ -78,7 +79,7 @@ def launch(
 _library.impl("_varlen_attention_sparse_sm90", launch, "CUDA")
 torch.library.register_fake(
     "modelopt::_varlen_attention_sparse_sm90",
-    lambda q, k, v, start, length, start_k, length_k, threshold, scale, right, block_q, block_k: (
+    lambda q, k, v, start, length, start_k, length_k, key_mask, threshold, scale, right, block_q, block_k: (
         *outputs.empty_forward(q, v),
         *outputs.empty_skip(q, k, length, (block_q, block_k)),
     ),

@@ -94,28 +94,32 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     require_triton(q)
-    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, skip_blocks)
-    if reason is None and skip_blocks is not None:
-        logger.debug("varlen_attention: sm_90 kernel, sparse")
-        return hopper_sparse.attend(
-            q, k, v, b_start_loc, b_seq_len, start_k, length_k, threshold, scale, right, *skip_blocks
-        )
-    if reason is None:
-        logger.debug("varlen_attention: sm_90 kernel")
-        results = hopper.attend(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
-        return *results, *outputs.empty_skip(q, k, b_seq_len, None)
-    out, lse = outputs.empty_forward(q, v)
-    block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
-    if skip_blocks is not None:
-        block_bits.zero_()
-        counts.zero_()
-    q, scale = with_positive_scale(q, scale)
     is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
     *_, rows_q, heads_q, head_dim = q.shape
     *_, heads_kv, value_dim = v.shape
+    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
+    is_hopper = reason is None
+    if is_hopper:
+        logger.debug("varlen_attention: sm_90 kernel%s", "" if skip_blocks is None else ", sparse")
+        shared = (q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask)
+        if skip_blocks is None:
+            out, lse = hopper.attend(*shared, scale, window_left, right)
+            block_bits, counts = outputs.empty_skip(q, k, b_seq_len, None)
+        else:
+            out, lse, block_bits, counts = hopper_sparse.attend(*shared, threshold, scale, right, *skip_blocks)
+        if key_mask is None:
+            return out, lse, block_bits, counts
+        reason = "sequences may have holes in their keys"
+    else:
+        out, lse = outputs.empty_forward(q, v)
+        block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
+        if skip_blocks is not None:
+            block_bits.zero_()
+            counts.zero_()
     if num_seqs * rows_q == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
-    num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
+    q, scale = with_positive_scale(q, scale)
+    num_splits = None if is_hopper else decoding.select_splits(q, k, block_table, skip_blocks is not None)
     if num_splits is not None:
         logger.debug("varlen_attention: decode kernel, %s splits", num_splits)
         with device_of(q):
@@ -148,7 +152,7 @@ def _varlen_attention(
             "PAGING": paging(k, block_table, tile.block_n if skip_blocks is None else skip_softmax_block_k),
             "SKIP_SOFTMAX": skip_blocks is not None, "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_softmax_block_k,
             "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
-            "LEAVES_SINGLE_ROWS": num_splits is not None,
+            "LEAVES_SINGLE_ROWS": num_splits is not None, "HOLES_ONLY": is_hopper,
         }  # fmt: skip
         programs = clearing_grid(num_seqs, rows_q, tile.block_m, heads_q, is_packed)
         launch_kernel(attention_forward_kernel, programs, args, constants)

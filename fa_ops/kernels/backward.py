@@ -22,6 +22,7 @@ from fa_ops.kernels.primitives import (
     dot_rows,
     fill_rows,
     find_unowned,
+    has_holes,
     is_visible,
     key_range,
     load_own_rows,
@@ -137,8 +138,10 @@ def attention_backward_dq_kernel(
     dout_ptr += batch * stride_dob + head * stride_doh
     k_ptr += batch * stride_kb + head_kv * stride_kh
     v_ptr += batch * stride_vb + head_kv * stride_vh
+    is_holey = False
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
+        is_holey = has_holes(key_mask_ptr, start_k, len_k, stride_ms)
 
     offs_tile = tl.arange(0, BLOCK_M)
     offs_m = m0 + offs_tile
@@ -163,7 +166,7 @@ def attention_backward_dq_kernel(
     begin, full, full_end, end = key_range(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    if HAS_KEY_MASK:
+    if is_holey:
         full_end = full
     if m0 >= len_q:
         begin, full, full_end, end = 0, 0, 0, 0
@@ -318,7 +321,9 @@ def attention_backward_dkv_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     is_key = offs_n < len_k
+    is_holey = False
     if HAS_KEY_MASK:
+        is_holey = has_holes(key_mask_ptr + batch * stride_mb, start_k + n0, tl.minimum(len_k - n0, BLOCK_N), stride_ms)
         is_key = tl.load(key_mask_ptr + batch * stride_mb + (start_k + offs_n) * stride_ms, mask=is_key, other=0) != 0
     k_ptr += batch * stride_kb + head_kv * stride_kh
     v_ptr += batch * stride_vb + head_kv * stride_vh
@@ -332,7 +337,7 @@ def attention_backward_dkv_kernel(
     begin, full, full_end, end = query_range(
         n0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    if HAS_KEY_MASK:
+    if is_holey:
         full_end = full
     if n0 >= len_k:
         begin, full, full_end, end = 0, 0, 0, 0

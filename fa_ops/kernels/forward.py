@@ -29,6 +29,7 @@ from fa_ops.kernels.primitives import (
     fill_rows,
     find_keys,
     find_unowned,
+    has_holes,
     is_visible,
     key_range,
     load_keys,
@@ -241,9 +242,11 @@ def attention_forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, SKIP_SOFTMAX: tl.constexpr,
     SKIP_BLOCK_K: tl.constexpr, VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
+    HOLES_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query rows, Hq), and if packed a program more for each CLEAR_ROWS rows, which clears those of no
-    sequence. LEAVES_SINGLE_ROWS: sequences of one row are left to the decode kernel."""
+    sequence. LEAVES_SINGLE_ROWS: sequences of one row are left to the decode kernel. HOLES_ONLY: those without holes in
+    their keys are left to the kernel before this one, with what of its rows belongs to no sequence."""
     tile = tl.program_id(0)
     if IS_PACKED:
         tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
@@ -291,8 +294,13 @@ def attention_forward_kernel(
     else:
         k_ptr += batch * stride_kb + head_kv * stride_kh
         v_ptr += batch * stride_vb + head_kv * stride_vh
+    is_holey = False
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
+        is_holey = has_holes(key_mask_ptr, start_k, len_k, stride_ms)
+    if HOLES_ONLY:
+        if not is_holey:
+            return
 
     offs_tile = tl.arange(0, BLOCK_M)
     offs_m = m0 + offs_tile
@@ -309,7 +317,7 @@ def attention_forward_kernel(
     begin, full, full_end, end = key_range(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, unit, HAS_LEFT, HAS_RIGHT
     )
-    if HAS_KEY_MASK:
+    if is_holey:
         full_end = full
     if m0 >= len_q:
         begin, full, full_end, end = 0, 0, 0, 0

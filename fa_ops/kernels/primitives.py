@@ -19,6 +19,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SCAN_BLOCK = tl.constexpr(128)
+HOLE_SCAN = tl.constexpr(512)
 CLEAR_ROWS = tl.constexpr(64)
 CLEAR_SCAN = tl.constexpr(256)
 CLEAR_PART = tl.constexpr(16)
@@ -242,6 +243,17 @@ def load_rows(
             return tl.load(ptrs)
         else:
             return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def has_holes(key_mask_ptr, start_k, len_k, stride_ms):
+    """Whether key_mask hides a key of the sequence whose row `key_mask_ptr` is."""
+    is_hidden = tl.zeros([HOLE_SCAN], tl.int32)
+    for n0 in tl.range(0, len_k, HOLE_SCAN):
+        offs_n = n0 + tl.arange(0, HOLE_SCAN)
+        is_key = tl.load(key_mask_ptr + (start_k + offs_n) * stride_ms, mask=offs_n < len_k, other=1)
+        is_hidden |= (is_key == 0).to(tl.int32)
+    return tl.max(is_hidden, 0) != 0
 
 
 @triton.jit

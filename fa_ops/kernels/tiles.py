@@ -15,6 +15,7 @@ from fa_ops.kernels.primitives import (
     clamp_range,
     fill_rows,
     find_unowned,
+    has_holes,
     key_range,
     padded_tile,
     scan_lengths,
@@ -41,15 +42,17 @@ def _clear(out_ptr, lse_ptr, rows, is_row, rows_q, heads, HEAD_DIM: tl.constexpr
 
 @triton.jit(do_not_specialize=(*COUNTS, "batch_rows_q", "batch_rows_k", "batch_rows_v", "heads"))
 def tile_list_kernel(
-    tiles_ptr, out_ptr, lse_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
+    tiles_ptr, out_ptr, lse_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
     window_left, window_right, num_seqs, rows_q, rows_k, batch_rows_q, batch_rows_k, batch_rows_v,
-    heads, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr, SKIP_BLOCK_Q: tl.constexpr,
+    heads, stride_mb, stride_ms, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    SKIP_BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for, and if packed a program more for each CLEAR_ROWS rows, which
     clears those of no sequence. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in use; the last record
-    begins with their number and with 0, where programs count those that they take. A tile without rows has no blocks.
-    batch_rows are batch strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q is 0 without skip-softmax."""
+    begins with their number and with 0, where programs count those that they take. A tile without rows has no blocks,
+    nor have those of a sequence with holes in its keys, for which there is the portable kernel. batch_rows are batch
+    strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q is 0 without skip-softmax."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     if IS_PACKED:
@@ -84,7 +87,10 @@ def tile_list_kernel(
         m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
     num_left, num_full, num_right = 0, 0, 0
-    if m0 < len_q:
+    is_holey = False
+    if HAS_KEY_MASK:
+        is_holey = has_holes(key_mask_ptr + seq.to(tl.int64) * stride_mb, start_k, len_k, stride_ms)
+    if (m0 < len_q) & (not is_holey):
         num_left = tl.cdiv(tl.maximum(full - begin, 0), BLOCK_N)
         num_full = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK_N)
         num_right = tl.cdiv(tl.maximum(end_k - full_end, 0), BLOCK_N)

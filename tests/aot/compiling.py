@@ -66,7 +66,7 @@ def compile_kernel(
         "HAS_LEFT": False, "HAS_RIGHT": True, "HAS_SOFTCAP": False, "HAS_SINKS": False,
         "IS_PACKED": True, "HAS_KEY_MASK": False, "HAS_DLSE": False, "SKIP_SOFTMAX": False,
         "PAGING": 0, "SKIP_BLOCK_Q": 0, "SKIP_BLOCK_K": 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
-        "LEAVES_SINGLE_ROWS": False, **flags,
+        "LEAVES_SINGLE_ROWS": False, "HOLES_ONLY": False, **flags,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):

@@ -223,6 +223,7 @@ def test_tile_list(seed: int):
         inputs.b_seq_len,
         start_k,
         len_k,
+        None,
         left,
         right,
         block_m,

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 
+import torch
+
 from fa_ops import hopper
+from fa_ops.launching import IS_INTERPRETED
 from tests.support.cases import Case
 from tests.support.draw import MANY_ROWS, SKIP_STRIDE, Profile, draw_case, draw_skip_case, dropped_share
 
@@ -39,7 +42,10 @@ def _draw_sparse(profile: Profile, seed: int, head_dim: int) -> Case:
 
 
 def _supported(case: Case) -> Case:
-    case = dataclasses.replace(case, key_mask=None, softcap=0.0, has_sinks=False)
+    case = dataclasses.replace(case, softcap=0.0, has_sinks=False)
+    if case.key_mask is not None and IS_INTERPRETED:
+        # sequences with holes are the portable kernel's, and Triton's interpreter knows no bfloat16
+        case = dataclasses.replace(case, dtype=torch.float16)
     if case.memory == "gapped":
         case = dataclasses.replace(case, memory="contiguous")
     if case.softmax_scale is not None and case.softmax_scale <= 0:

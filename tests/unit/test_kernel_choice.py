@@ -21,7 +21,7 @@ SUPPORTED = small_case(dtype=torch.bfloat16, head_dim=128, value_dim=128)
 def refusal_of(case=SUPPORTED, **other) -> str | None:
     inputs = case.build()
     call = {
-        "softmax_scale": case.softmax_scale or 0.1, "window_left": -1, "softcap": 0.0, "sinks": None, "key_mask": None,
+        "softmax_scale": case.softmax_scale or 0.1, "window_left": -1, "softcap": 0.0, "sinks": None,
         "block_table": None, "skip_blocks": None,
     } | other  # fmt: skip
     return hopper.unsupported(inputs.q, inputs.k, inputs.v, inputs.b_seq_len, *call.values())
@@ -70,7 +70,6 @@ def test_takes_blocks_of_skip_softmax(head_dim: int, blocks: tuple[int, int]):
         (SUPPORTED, {"softmax_scale": 0.0}, "softmax_scale"),
         (SUPPORTED, {"softcap": 3.0}, "softcap"),
         (SUPPORTED, {"sinks": torch.zeros(4)}, "sinks"),
-        (SUPPORTED, {"key_mask": torch.ones(2, 7, dtype=torch.bool)}, "key_mask"),
         (SUPPORTED, {"block_table": torch.zeros(2, 4, dtype=torch.int32)}, "block_table"),
         (SUPPORTED, {"skip_blocks": (64, 64)}, "skip_softmax_block"),
         (SUPPORTED, {"skip_blocks": (128, 128)}, "skip_softmax_block"),
@@ -107,7 +106,7 @@ def strided(shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -
 def test_layouts(shape: tuple, strides: tuple, offset: int, reason: str | None):
     q = strided(shape, strides, offset)
     length = torch.empty(1, dtype=torch.int32, device="meta")
-    found = hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None)
+    found = hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None)
     assert found == (None if reason is None else f"q: {reason}")
 
 
@@ -115,14 +114,14 @@ def test_padded_queries_of_one_row():
     k = strided((3, 5, 2, 64), (640, 128, 64, 1))
     length = torch.empty(3, dtype=torch.int32, device="meta")
     for q, reason in ((k[:, :1], "padded queries of one row"), (k[:, :2], None)):
-        assert hopper.unsupported(q, k, k, length, 0.1, -1, 0.0, None, None, None, None) == reason
+        assert hopper.unsupported(q, k, k, length, 0.1, -1, 0.0, None, None, None) == reason
 
 
 def test_number_of_tiles():
     q = strided((2**30, 1, 64), (64, 64, 1))
     for num_seqs, reason in ((2**26, None), (2**27, "number of tiles")):
         length = torch.empty(num_seqs, dtype=torch.int32, device="meta")
-        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) == reason
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None) == reason
 
 
 def test_number_of_blocks():
@@ -130,8 +129,8 @@ def test_number_of_blocks():
     length = torch.empty(1, dtype=torch.int32, device="meta")
     for rows, reason in ((2**21, None), (2**22, "number of blocks")):
         q = strided((rows, 32, 64), (32 * 64, 64, 1))
-        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, (64, 128)) == reason
-        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None, None) is None
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, (64, 128)) == reason
+        assert hopper.unsupported(q, q, q, length, 0.1, -1, 0.0, None, None, None) is None
 
 
 def test_device_and_version(monkeypatch):
@@ -144,10 +143,3 @@ def test_device_and_version(monkeypatch):
     assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
     assert hopper.refusal(q) == "cuda:0 is not of sm_90"
-
-
-def test_the_sparse_kernel_is_a_preview(monkeypatch):
-    """Whatever else runs by default."""
-    q = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(tier, "TIER", "auto")
-    assert hopper.refusal(q, (64, 128)).startswith("FA_OPS_KERNEL is 'auto'")
