@@ -3,9 +3,10 @@
 `fa_ops.IS_AVAILABLE` tells whether the Triton kernels can run here: Triton is installed, and there is a CUDA device of
 compute capability 8.0 or higher. CPU tensors do not need it.
 
-The environment variable FA_OPS_KERNEL says which kernels may run on a GPU: "portable", the default, those that have
-been run on one; "preview" also those that only compile for one so far, such as split-KV decoding (`fa_ops.decoding`).
-It is read once, at import. The logger "fa_ops.ops" says at level DEBUG which kernel a call runs.
+The environment variable FA_OPS_KERNEL says which kernels may run on a GPU: "auto", the default, those written for its
+architecture wherever they know a call (`fa_ops.hopper`), and else the portable ones; "portable" the portable ones
+alone; "preview" also kernels that have not been run on a GPU yet. It is read once, at import. The logger "fa_ops.ops"
+says at level DEBUG which kernel a call runs.
 """
 
 from fa_ops import ops, varlen

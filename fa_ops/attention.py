@@ -94,8 +94,7 @@ def attention(
         float32, (Hq, total_q) or (B, Hq, Sq), -inf for rows that belong to no sequence or see no key. Both are
         differentiable in q, k and v.
 
-    Queries of one row, (B, 1, Hq, D), are decoding: FA_OPS_KERNEL=preview splits their keys among programs
-    (`fa_ops.decoding`).
+    Queries of one row, (B, 1, Hq, D), are decoding: on a GPU their keys are split among programs (`fa_ops.decoding`).
 
     Under autocast q, k and v are cast to its dtype. On CPU tensors the op loops over PyTorch's flash attention; on CUDA
     tensors (compute capability 8.0 or higher) it runs Triton kernels (FlashAttention-2, arXiv 2307.08691).

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fa_ops.kernels.tier import TIER
 from fa_ops.launching import (
     HAS_TRITON,
     leading_strides,
@@ -30,18 +29,21 @@ if HAS_TRITON:
     from fa_ops.kernels.configs import Tile, block_dim
     from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
 
-MIN_SPLIT_KEYS = 512  # fewer, and the parts in float32 are more than a few percent of the keys' bytes
+MIN_SPLIT_KEYS = 512
+MIN_KEYS_PER_HEAD = 64  # of a group; fewer, and the parts in float32 are more than a few percent of the keys' bytes
 
 
 def select_splits(q: Tensor, k: Tensor, block_table: Tensor | None, is_skipping: bool) -> int | None:
     """Programs that share the keys of a sequence of one row, or None where there is no decode kernel for the call.
 
-    As many as half of the device's multiprocessors, of at least MIN_SPLIT_KEYS keys each, or of a segment each with
-    skip-softmax: from the device and the room for keys alone. Tests replace this function to choose for themselves.
+    As many as half of the device's multiprocessors, of at least MIN_SPLIT_KEYS keys each, MIN_KEYS_PER_HEAD for each
+    query head of a key head, or of a segment each with skip-softmax: from the device and the room for keys alone. Tests replace this function to choose for themselves.
     """
-    if TIER != "preview" or not _is_decoding(q, block_table):
+    if not _is_decoding(q, block_table):
         return None
-    unit = DECODE_SEGMENT if is_skipping else MIN_SPLIT_KEYS
+    unit = max(MIN_SPLIT_KEYS, MIN_KEYS_PER_HEAD * (q.shape[-2] // k.shape[-2]))
+    if is_skipping:
+        unit = DECODE_SEGMENT
     extent = key_extent(k, block_table)
     # no branch on the extent: it may be symbolic, and nothing is to be traced anew for a cache that grows
     return torch.sym_max(1, torch.sym_min(multi_processors(q.device) // 2, (extent + unit - 1) // unit))

@@ -32,8 +32,8 @@ _library.define(
 
 def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
-    if tier.TIER != "preview":
-        return f"FA_OPS_KERNEL is {tier.TIER!r}"
+    if tier.TIER == "portable":
+        return "FA_OPS_KERNEL is 'portable'"
     if tier.TIER != "preview" and call and call[-1] is not None:  # the sparse kernel has not been run on a GPU yet
         return f"FA_OPS_KERNEL is {tier.TIER!r}, with skip_softmax_threshold"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
@@ -176,6 +176,8 @@ def launch(
         return out, lse
     q, k, v = (_for_copy_engine(t) for t in (q, k, v))
     tile = HOPPER_TILES[q.shape[-1]]
+    if window_right < 0:
+        window_right = rows_q  # hides nothing
     with torch.cuda.device_of(q):
         tiles, bound = tile_list(
             q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
@@ -186,7 +188,7 @@ def launch(
             out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
             HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages, CONSUMERS=tile.consumers,
             CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
-            HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, num_warps=4,
+            HAS_LEFT=window_left >= 0, num_warps=4,
         )  # fmt: skip
     return out, lse
 

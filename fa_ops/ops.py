@@ -370,12 +370,12 @@ if HAS_TRITON and not IS_INTERPRETED:
     # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
-    # Which opaque op the forward's body calls is in no kernel's source: one of the preview's stands for it.
-    _preview_kernels = [tile_list_kernel] if tier.TIER == "preview" else []
+    # Which opaque op the forward's body calls is in no kernel's source: one kernel of the sm_90 tier stands for it.
+    _hopper_kernels = [] if tier.TIER == "portable" else [tile_list_kernel]
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [
             attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,
-            *_preview_kernels,
+            *_hopper_kernels,
         ],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip

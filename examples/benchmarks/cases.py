@@ -63,15 +63,33 @@ def cpu_cases(quick: bool) -> list[Case]:
     return cases[:1] if quick else cases
 
 
-def cuda_cases(quick: bool) -> list[Case]:
-    """Mostly 16k tokens in batches of equal lengths. The most telling cases come first: a time limit cuts the end.
+def goal_cases() -> dict[str, Case]:
+    """What the goals of dense attention are measured on, in the order of their importance."""
+    packed, packed_twin = varlen_cases(48, 128, 1024, 2048, with_flex=True)
+    wide, wide_twin = varlen_cases(48, 128, 128, 4096, with_flex=False)
+    return {
+        "causal 8k": fixed_case("bfloat16", 48, 48, 128, 8192, True, with_flex=True, with_portable=True),
+        "causal 16k": fixed_case("bfloat16", 48, 48, 128, 16384, True),
+        "full 8k": fixed_case("bfloat16", 48, 48, 128, 8192, False, with_portable=True),
+        "full 16k": fixed_case("bfloat16", 48, 48, 128, 16384, False),
+        "D 64": fixed_case("bfloat16", 32, 32, 64, 16384, False),
+        "D 256": fixed_case("bfloat16", 8, 8, 256, 16384, True),
+        "packed": packed,
+        "packed, twin": packed_twin,
+        "wide": wide,
+        "wide, twin": wide_twin,
+    }
+
+
+def more_cases() -> list[Case]:
+    """Beside the goals: mostly 16k tokens in batches of equal lengths, the most telling first.
 
     FlexAttention compiles for every shape, about as long as all the rest takes, so it is in a few cases only.
     """
     lengths = {128: (4096, 8192, 2048, 1024, 16384, 512), 64: (16384, 4096, 1024), 256: (16384, 4096, 1024)}
     heads = {128: 48, 64: 32, 256: 8}
     fixed = [
-        fixed_case("bfloat16", heads[dim], heads[dim], dim, lengths[dim][rank], is_causal, with_flex=rank == 0)
+        fixed_case("bfloat16", heads[dim], heads[dim], dim, lengths[dim][rank], is_causal)
         for rank in range(6)
         for is_causal in (True, False)
         for dim in heads
@@ -79,33 +97,20 @@ def cuda_cases(quick: bool) -> list[Case]:
     ]
     telling = [
         fixed_case("bfloat16", 48, 48, 128, 4096, True, with_flex=True),
-        fixed_case("bfloat16", 48, 48, 128, 8192, True, with_flex=True),
-        *varlen_cases(48, 128, 1024, 2048, with_flex=True),
-    ]
-    if quick:
-        return [
-            *telling,
-            fixed_case("bfloat16", 48, 48, 128, 1024, True, with_flex=False),
-            fixed_case("bfloat16", 48, 48, 128, 8192, False, with_flex=False),
-            fixed_case("bfloat16", 32, 32, 64, 16384, False, with_flex=False),
-            fixed_case("bfloat16", 8, 8, 256, 16384, True, with_flex=False),
-        ]
-    more = [
         fixed_case("bfloat16", 32, 8, 128, 4096, True, with_flex=True),
-        fixed_case("bfloat16", 48, 6, 128, 8192, True, with_flex=False),
-        fixed_case("float16", 48, 48, 128, 4096, True, with_flex=False),
-        *varlen_cases(48, 128, 128, 4096, with_flex=False),
+        fixed_case("bfloat16", 48, 6, 128, 8192, True),
+        fixed_case("float16", 48, 48, 128, 4096, True),
     ]
-    first = {replace(case, impls=()) for case in telling}
-    rest = [case for case in fixed if replace(case, impls=()) not in first]
-    return telling + rest[:5] + more + rest[5:]
+    known = {replace(case, impls=()) for case in (*goal_cases().values(), *telling)}
+    return telling + [case for case in fixed if replace(case, impls=()) not in known]
 
 
 def fixed_case(
-    dtype: str, num_heads_q: int, num_heads_kv: int, head_dim: int, length: int, is_causal: bool, with_flex: bool
-) -> Case:
+    dtype: str, num_heads_q: int, num_heads_kv: int, head_dim: int, length: int, is_causal: bool,
+    with_flex: bool = False, with_portable: bool = False,
+) -> Case:  # fmt: skip
     batch = 16384 // length
-    impls = FIXED_PEERS + (("flex_attention",) if with_flex else ())
+    impls = FIXED_PEERS + ("flex_attention",) * with_flex + ("fa_ops_portable",) * with_portable
     name = f"{batch} x {length}, {mask_name(is_causal)}"
     return Case(name, dtype, num_heads_q, num_heads_kv, head_dim, (length,) * batch, is_causal, impls)
 
@@ -118,7 +123,7 @@ def varlen_cases(num_heads: int, head_dim: int, shortest: int, longest: int, wit
     length = round(math.sqrt(squares / batch) / 64) * 64
     shape = ("bfloat16", num_heads, num_heads, head_dim)
     twin = Case(f"{batch} x {length}, causal, twin", *shape, (length,) * batch, True, FIXED_PEERS)
-    impls = VARLEN_PEERS + (("flex_attention",) if with_flex else ())
+    impls = VARLEN_PEERS + ("flex_attention",) * with_flex
     return [Case(f"random {shortest}-{longest}, causal", *shape, lengths, True, impls, twin.name), twin]
 
 
@@ -128,6 +133,12 @@ def random_lengths(tokens: int, shortest: int, longest: int, seed: int = 0) -> t
     while sum(lengths) + longest <= tokens:
         lengths.append(generator.randint(shortest, longest))
     return (*lengths, max(shortest, tokens - sum(lengths)))
+
+
+def overhead_case(device: str) -> Case:
+    """So small that the computation does not count."""
+    dtype, head_dim, peer = ("float32", 16, "sdpa_sum") if device == "cpu" else ("bfloat16", 64, "torch_varlen")
+    return Case("1 x 4, causal", dtype, 2, 2, head_dim, (4,), True, ("fa_ops", peer))
 
 
 def mask_name(is_causal: bool) -> str:

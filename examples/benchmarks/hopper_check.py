@@ -11,13 +11,10 @@ table's own are timed.
 
 import argparse
 import faulthandler
-import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-
-os.environ["FA_OPS_KERNEL"] = "preview"
 
 import torch
 from cases import Case
@@ -47,8 +44,8 @@ REPEATS = 200
 ROUNDS = 20
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lens_q: Tensor, lens_k: Tensor, is_preview: bool, **options) -> Tensor:
-    tier.TIER = "preview" if is_preview else "portable"
+def attend(q: Tensor, k: Tensor, v: Tensor, lens_q: Tensor, lens_k: Tensor, is_hopper: bool, **options) -> Tensor:
+    tier.TIER = "auto" if is_hopper else "portable"
     starts_q, starts_k = lens_q.cumsum(0) - lens_q, lens_k.cumsum(0) - lens_k
     return fa_ops.attention(
         q, k, v, starts_q, lens_q, b_start_loc_k=starts_k, b_seq_len_k=lens_k, max_input_len_k=0, **options
@@ -64,7 +61,7 @@ def check(head_dim: int, name: str) -> bool:
         for n, h in ((lens[0], heads), (lens[1], heads_kv), (lens[1], heads_kv))
     )
     options = {"is_causal": is_causal, "window_size": window}
-    found = attend(q, k, v, *lens, is_preview=True, **options)
+    found = attend(q, k, v, *lens, is_hopper=True, **options)
     torch.cuda.synchronize()
     starts = [n.cumsum(0) - n for n in lens]
     exact = attention_reference(
@@ -72,8 +69,7 @@ def check(head_dim: int, name: str) -> bool:
         b_start_loc_k=starts[1], b_seq_len_k=lens[1], max_input_len_k=0, **options,
     )  # fmt: skip
     error, portable_error = (
-        float((out.double() - exact).abs().max())
-        for out in (found, attend(q, k, v, *lens, is_preview=False, **options))
+        float((out.double() - exact).abs().max()) for out in (found, attend(q, k, v, *lens, is_hopper=False, **options))
     )
     is_right = error <= 2 * portable_error
     print(f"error {error:.2e}, portable kernel {portable_error:.2e}{'' if is_right else ' WRONG'}", end=" ")
@@ -83,8 +79,8 @@ def check(head_dim: int, name: str) -> bool:
 def check_repeats(head_dim: int) -> bool:
     lens = torch.tensor([1, 700, 0, 333, 2000], device="cuda")
     q, k, v = torch.randn(3, int(lens.sum()), 8, head_dim, device="cuda").bfloat16()
-    first = attend(q, k, v, lens, lens, is_preview=True)
-    differing = sum(not torch.equal(first, attend(q, k, v, lens, lens, is_preview=True)) for _ in range(REPEATS))
+    first = attend(q, k, v, lens, lens, is_hopper=True)
+    differing = sum(not torch.equal(first, attend(q, k, v, lens, lens, is_hopper=True)) for _ in range(REPEATS))
     print(f"{differing} differ{' WRONG' if differing else ''}", end=" ")
     return differing == 0
 
@@ -101,7 +97,7 @@ def speed(head_dim: int, is_causal: bool, length: int) -> bool:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=is_causal)
 
-    runs: dict[str, Callable] = {"sm_90": partial(ours, is_preview=True), "portable": partial(ours, is_preview=False)}
+    runs: dict[str, Callable] = {"sm_90": partial(ours, is_hopper=True), "portable": partial(ours, is_hopper=False)}
     runs["cuDNN"] = cudnn
     clock, samples = CudaClock(), {name: [] for name in runs}
     for _ in range(ROUNDS + 2):

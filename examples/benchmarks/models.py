@@ -19,9 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from comparing import error_text, relative_difference
 from environment import describe, device_kind, version
 from report import Row, write_csv
-from run import error_text, relative_difference
 from timing import Clock, CpuClock, CudaClock, interleave, summary
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache

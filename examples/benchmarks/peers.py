@@ -1,8 +1,9 @@
 """What a user would take instead: each function binds one implementation to a case's data and returns a Run."""
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fa_ops
+from fa_ops.kernels import tier
 
 
 @dataclass
@@ -61,6 +63,31 @@ def ours(case: Case, data: Data) -> Run:
         return fa_ops.attention(q, k, v, data.starts, data.lengths, max(case.lengths), is_causal=case.is_causal)
 
     return packed_run(attention, data)
+
+
+@contextlib.contextmanager
+def portable_tier() -> Iterator[None]:
+    """As with FA_OPS_KERNEL=portable: the Triton kernels that run on any GPU, whatever the device has besides."""
+    before = tier.TIER
+    tier.TIER = "portable"
+    try:
+        yield
+    finally:
+        tier.TIER = before
+
+
+class PortableRun(Run):
+    """A run whose forward and backward take the portable kernels."""
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with portable_tier():
+            return super().backward(outputs)
+
+
+def ours_portable(case: Case, data: Data) -> Run:
+    run = ours(case, data)
+    forward = portable_tier()(run.forward)
+    return PortableRun(run.inputs, forward, run.grad_outputs, run.pack_outputs, run.pack_gradient)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments) -> Tensor:
@@ -178,8 +205,17 @@ def torch_varlen(case: Case, data: Data) -> Run:
 
 
 def external(case: Case, data: Data, function: Callable[..., Tensor]) -> Run:
-    """A user's own `function(q, k, v, cu_seqlens, max_seqlen, is_causal) -> out`, packed, differentiable."""
-    return packed_run(lambda q, k, v: function(q, k, v, data.cu_seqlens, max(case.lengths), case.is_causal), data)
+    """A user's own `function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal) -> out`.
+
+    Packed: q and out are (total, Hq, D), k and v (total, Hkv, D); cumulative lengths (B + 1,) int32 on their device;
+    longest lengths int, causal bool. Without an autograd formula, its backward is a row with an error.
+    """
+    longest, cu_seqlens = max(case.lengths), data.cu_seqlens
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q, k, v, cu_seqlens, cu_seqlens, longest, longest, case.is_causal)
+
+    return packed_run(attention, data)
 
 
 def load_external(path: str) -> Callable[[Case, Data], Run]:
@@ -191,6 +227,7 @@ def load_external(path: str) -> Callable[[Case, Data], Run]:
 
 PEERS: dict[str, Callable[[Case, Data], Run]] = {
     "fa_ops": ours,
+    "fa_ops_portable": ours_portable,
     "sdpa_sum": sdpa_sum,
     "sdpa_loop": sdpa_loop,
     "sdpa_padded": sdpa_padded,

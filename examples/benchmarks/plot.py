@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from cases import FLOP_FACTOR
 from report import Row
 
 COLORS = {
     "fa_ops": "#d62728",
+    "fa_ops_portable": "#e6a8a8",
     "sdpa_cudnn": "#76b900",
     "sdpa_flash": "#1f77b4",
     "flex_attention": "#9467bd",
@@ -18,13 +20,13 @@ OTHER_COLOR = "#8c564b"
 
 
 def write_plot(rows: list[Row], path: Path, title: str) -> None:
-    """Write a PNG of the rows that have a speed. Raises ImportError where matplotlib is missing."""
+    """Write a PNG of the rows that have a speed, one at least. Raises ImportError where matplotlib is missing."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if "tflops" in row]
+    timed = [row for row in rows if is_drawn(row)]
     by_length = [row for row in timed if row["device"] == "cuda" and is_in_length_plot(row)]
     figure = length_panels(by_length, pyplot) if by_length else case_panels(timed, pyplot)
     figure.suptitle(title, fontsize=10)
@@ -82,6 +84,11 @@ def case_panels(rows: list[Row], pyplot):
         axis.set_title(direction.replace("_", " + "), fontsize=9)
     axes[0][0].legend(fontsize=8)
     return figure
+
+
+def is_drawn(row: Row) -> bool:
+    """Whether the row has a speed of dense attention."""
+    return "tflops" in row and row["direction"] in FLOP_FACTOR
 
 
 def is_in_length_plot(row: Row) -> bool:

@@ -11,11 +11,14 @@ from cases import Case
 COLUMNS = (
     "case", "dtype", "num_heads_q", "num_heads_kv", "head_dim", "batch", "lengths", "is_causal", "direction", "impl",
     "median_ms", "min_ms", "max_ms", "samples", "tflops", "ours_over_impl", "ours_over_impl_of_min",
+    "over_twin", "over_twin_cudnn", "gb_per_s", "share_of_copy", "share_of_h200",
+    "br", "bc", "wanted", "threshold", "share", "speed_over_dense", "speed_over_cudnn", "speed_over_flash",
     "difference", "peak_extra_mib", "error", "skipped",
-    "device", "card", "clocks", "threads", "load_before",
+    "device", "card", "clocks", "threads", "load_before", "tier",
     "python", "torch", "triton", "cuda", "cudnn", "driver", "commit", "date",
 )  # fmt: skip
 KEY = ("case", "dtype", "num_heads_q", "num_heads_kv", "head_dim", "is_causal", "direction")
+H200_GB_PER_S = 4300.0  # copied by an H200
 
 Row = dict[str, Any]
 
@@ -34,14 +37,30 @@ def case_columns(case: Case) -> Row:
     }
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """ours_over_impl: the speed of fa_ops over the speed of the row's implementation in the same cell, from medians,
-    and from the fastest samples, which tell more on a machine that is shared."""
+def add_ratios(rows: list[Row], cases: Sequence[Case]) -> None:
+    """Adds what follows from several rows.
+
+    ours_over_impl: the speed of fa_ops over the speed of the row's implementation in the same cell, from medians, and
+    from the fastest samples, which tell more on a machine that is shared. over_twin and over_twin_cudnn: TFLOP/s of
+    fa_ops over its own, and over cuDNN's, on the twin of the row's case. share_of_copy and share_of_h200: bytes per
+    second over those that the card copied in this run, and over an H200's.
+    """
     ours = {cell(row): row for row in rows if row["impl"] == "fa_ops" and "median_ms" in row}
+    speeds = {(row["case"], row["direction"], row["impl"]): row["tflops"] for row in rows if "tflops" in row}
+    twins = {case.name: case.twin for case in cases if case.twin is not None}
+    copied = next((row["gb_per_s"] for row in rows if row["direction"] == "copy" and "gb_per_s" in row), None)
     for row in rows:
         if "median_ms" in row and cell(row) in ours:
             row["ours_over_impl"] = row["median_ms"] / ours[cell(row)]["median_ms"]
             row["ours_over_impl_of_min"] = row["min_ms"] / ours[cell(row)]["min_ms"]
+        for column, impl in (("over_twin", "fa_ops"), ("over_twin_cudnn", "sdpa_cudnn")):
+            twin = speeds.get((twins.get(row["case"]), row["direction"], impl))
+            if twin is not None and row["impl"] == "fa_ops" and "tflops" in row:
+                row[column] = row["tflops"] / twin
+        if "gb_per_s" in row and row["direction"] != "copy":
+            row["share_of_h200"] = row["gb_per_s"] / H200_GB_PER_S
+            if copied is not None:
+                row["share_of_copy"] = row["gb_per_s"] / copied
 
 
 def cell(row: Row) -> tuple[object, ...]:
@@ -59,7 +78,7 @@ def write_csv(rows: list[Row], path: Path, columns: Sequence[str] = COLUMNS) -> 
 def table(rows: list[Row]) -> str:
     """Every timed row; those where fa_ops is slower than the row's implementation are marked with a `<`."""
     lines = [
-        f"{'case':28} {'dtype':9} {'heads':>7} {'D':>4} {'direction':16} {'impl':15} "
+        f"{'case':35} {'dtype':9} {'heads':>7} {'D':>4} {'direction':17} {'impl':19} "
         f"{'median ms':>10} {'min':>9} {'max':>9} {'TFLOP/s':>8} {'ours/impl':>9} {'of min':>6}"
     ]
     previous = None
@@ -73,7 +92,7 @@ def table(rows: list[Row]) -> str:
 
 def table_line(row: Row) -> str:
     heads = f"{row['num_heads_q']}/{row['num_heads_kv']}"
-    start = f"{row['case']:28} {row['dtype']:9} {heads:>7} {row['head_dim']:>4} {row['direction']:16} {row['impl']:15} "
+    start = f"{row['case']:35} {row['dtype']:9} {heads:>7} {row['head_dim']:>4} {row['direction']:17} {row['impl']:19} "
     if "peak_extra_mib" in row:
         return start + f"{row['peak_extra_mib']:10.1f} MiB beyond inputs and outputs"
     if "median_ms" not in row:
@@ -81,22 +100,22 @@ def table_line(row: Row) -> str:
     digits = 4 if row["median_ms"] < 1 else 2
     times = f"{row['median_ms']:10.{digits}f} {row['min_ms']:9.{digits}f} {row['max_ms']:9.{digits}f}"
     tflops = f"{row['tflops']:8.3g}" if "tflops" in row else " " * 8
+    if "gb_per_s" in row:
+        tflops = f"{row['gb_per_s']:8.0f} GB/s"
     ratio = row.get("ours_over_impl")
     verdict = ""
     if ratio is not None:
         verdict = f"{ratio:9.2f} {row['ours_over_impl_of_min']:6.2f}{' <' if ratio < 1 else ''}"
-    return f"{start}{times} {tflops} {verdict} {row.get('error', '')}".rstrip()
+    difference = f"  difference {row['difference']:.0e}" if "difference" in row else ""
+    return f"{start}{times} {tflops} {verdict}{difference} {row.get('error', '')}".rstrip()
 
 
-def twin_lines(rows: list[Row], cases: list[Case]) -> list[str]:
+def twin_lines(rows: list[Row]) -> list[str]:
     """fa_ops on random lengths over fa_ops on equal lengths, in TFLOP/s."""
-    timed = [row for row in rows if row["impl"] == "fa_ops" and "tflops" in row]
-    speeds = {(row["case"], row["direction"]): row["tflops"] for row in timed}
     return [
-        f"fa_ops, {case.name} ÷ {case.twin}, {direction}: {speed / speeds[case.twin, direction]:.3f}"
-        for case in cases
-        for (name, direction), speed in speeds.items()
-        if name == case.name and (case.twin, direction) in speeds
+        f"fa_ops, {row['case']} ÷ its twin of equal lengths, {row['direction']}: {row['over_twin']:.3f}"
+        for row in rows
+        if "over_twin" in row
     ]
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from cases import Case
+from comparing import TOLERANCE, compare, error_text, has_run
 from environment import describe, device_kind
 from peers import PEERS, Data, packed_run
 from plot import color
 from report import Row, case_columns, write_csv
-from run import TOLERANCE, compare, error_text, has_run
 from structured import structured_data
 from timing import Clock, CpuClock, CudaClock, Run, interleave, summary
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch import Tensor
 import fa_ops
 from fa_ops.sparsity.config import FlashSkipSoftmaxConfig
 
-SHARES = (0.3, 0.5, 0.7, 0.8)
+SHARES = (0.3, 0.5, 0.72, 0.8)
 NOTHING = 1e-30  # a λ that drops nothing, at the full cost of looking
 PEER_IMPLS = {"cuda": ("sdpa_cudnn", "sdpa_flash"), "cpu": ("sdpa_flash",)}
 SEARCH_STEPS, SHARE_TOLERANCE = 14, 0.004
@@ -99,29 +99,34 @@ def is_ours(row: Row) -> bool:
     return str(row.get("impl", "")).startswith("fa_ops")
 
 
-def bench_case(case: Case, device: str, clock: Clock, block: tuple[int, int]) -> list[Row]:
-    """A row for dense attention, for each share and for each peer; one whose λ or call fails says so."""
-    data = structured_data(case, device)
+def planned(case: Case, block: tuple[int, int]) -> dict[str, Row]:
+    """The rows of a case before anything of it has run: dense attention, the peers, and each share."""
     columns = case_columns(case) | {"br": block[0], "bc": block[1]}
     rows = {impl: columns | {"impl": impl} for impl in case.impls}
-    runs: dict[str, Run] = {}
-    for impl, row in rows.items():
-        try:
-            runs[impl] = PEERS[impl](case, data)
-        except Exception as error:
-            row["error"] = error_text(error)
     for wanted in (0.0, *SHARES):
         name = f"fa_ops, {wanted:.0%} dropped"
         rows[name] = columns | {"impl": name, "wanted": wanted}
+    return rows
+
+
+def bench_case(case: Case, device: str, clock: Clock, block: tuple[int, int]) -> list[Row]:
+    """A row for dense attention, for each share and for each peer; one whose λ or call fails says so."""
+    data = structured_data(case, device)
+    rows = planned(case, block)
+    runs: dict[str, Run] = {}
+    for name, row in rows.items():
         try:
-            threshold, share = find_threshold(case, data, block, wanted)
-            if share < wanted - SHARE_TOLERANCE:
-                rows[name]["skipped"] = f"no λ below 1 drops more than {share:.3f} of these inputs"
+            if "wanted" not in row:
+                runs[name] = PEERS[name](case, data)
                 continue
-            rows[name] |= {"threshold": threshold, "share": share}
+            threshold, share = find_threshold(case, data, block, row["wanted"])
+            if share < row["wanted"] - SHARE_TOLERANCE:
+                row["skipped"] = f"no λ below 1 drops more than {share:.3f} of these inputs"
+                continue
+            row |= {"threshold": threshold, "share": share}
             runs[name] = skip_run(case, data, block, threshold)
         except Exception as error:
-            rows[name]["error"] = error_text(error)
+            row["error"] = error_text(error)
     for name, finding in compare(runs, "forward", TOLERANCE[case.dtype]).items():
         if rows[name].get("share", 0.0) > 0.0:
             finding.pop("error", None)  # dropping is meant to make a difference

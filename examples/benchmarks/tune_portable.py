@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from cases import Case
+from comparing import error_text, packed_results, relative_difference
 from peers import make_data, ours
-from run import error_text, packed_results, relative_difference
 from timing import CudaClock
 
 import fa_ops.ops

@@ -78,7 +78,7 @@ TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
 
 # by head dimension
 HOPPER_TILES = {
-    64: HopperTile(128, 2, 2, 240, 24),
+    64: HopperTile(128, 2, 3, 160, 32),
     128: HopperTile(128, 2, 2, 240, 24),
     256: HopperTile(64, 2, 2, 240, 24),
 }

@@ -3,20 +3,24 @@
 The equations are those of forward.py. Beside each other run the scores of block j, Q K_j^T, and the product of block
 j - 1 with its values, P_{j-1} V_{j-1}; the softmax of block j follows while the latter is still running.
 
-A program works through the tiles t = program, program + programs, ... of (tile of the list, head), and a tile's key
-blocks from the last to the first: those masked at their right, those seen whole, those masked at their left. Tiles
-without blocks are passed over, by all roles alike. So every role counts the same tiles and the same blocks since the
-kernel began, and these two counts, `tiles` and `blocks`, decide every slot and every phase:
+A tile t is one of the list and a head. Each program begins with its own, and each further one is the first that nobody
+has taken: tiles differ in length. The producer asks the counter in device memory and tells the others through shared
+memory, with Q. A tile's key blocks are visited from the last to the first: those masked at their right, those seen
+whole, those masked at their left. Of a tile without blocks there is Q alone. So every role counts the same tiles and
+the same blocks since the kernel began, and these two counts, `tiles` and `blocks`, decide every slot and every phase:
 
     slot of block i: i % STAGES; its phase: i // STAGES % 2. Each consumer has one slot of Q, of phase tiles % 2.
 
     barrier    arrivals   completes when                                    who waits
-    q_full[c]  1 + bytes  the 64 rows of consumer c are in shared memory    consumer c, before its first scores
-    q_empty[c] 1          consumer c has the last scores of its tile        producer, before the next tile's Q
+    q_full[c]  1 + bytes  the next tile and consumer c's Q are there        consumer c, before its first scores
+    q_empty[c] 1          consumer c has its last scores and the next tile  producer, before the next tile's Q
     k_full[s]  1 + bytes  K of the slot is there                            each consumer, before its scores
     k_empty[s] CONSUMERS  each consumer has the scores of the slot's block  producer, before the K after it
     v_full[s]  1 + bytes  V of the slot is there                            each consumer, before the product
     v_empty[s] CONSUMERS  each consumer's product with the slot's V ended   producer, before the V after it
+    turn[c]    1          consumer c - 1 has asked for its products         consumer c of three, before its own
+
+Three consumers take turns, so that the products of one run beside the softmax of the others; two do better without.
 
 A barrier's wait for phase p ends once the phase of parity p is over; those of the empty barriers wait for parity
 p ^ 1, which at the first use is that of the phase before the first, and so over. No wait is more than one phase behind:
@@ -59,12 +63,14 @@ def _copy(desc, end, length, row, head, full, smem):
 
 @gluon.jit
 def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    tiles_ptr, num_tiles, heads = work
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
+    tiles_ptr, num_tiles, heads, next_ptr, next_smem = work
     q_desc, k_desc, v_desc, group_size = inputs
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < num_tiles * heads:
+        t_next = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         head_kv = head // group_size
@@ -76,33 +82,35 @@ def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, 
         end_q = gl.load(record_ptr + 9)
         end_k = gl.load(record_ptr + 10)
         end_v = gl.load(record_ptr + 11)
-        if num_blocks > 0:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
-                _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
-            tiles += 1
-            for j in range(num_blocks):
-                n0 = begin + (num_blocks - 1 - j) * BLOCK_N
-                slot = blocks % STAGES
-                phase_before = ((blocks // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(slot), phase_before)
-                _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
-                mbarrier.wait(v_empty.index(slot), phase_before)
-                _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
-                blocks += 1
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
+        next_smem.store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        for c in gl.static_range(CONSUMERS):
+            _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
+        tiles += 1
+        for j in range(num_blocks):
+            n0 = begin + (num_blocks - 1 - j) * BLOCK_N
+            slot = blocks % STAGES
+            phase_before = ((blocks // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase_before)
+            _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase_before)
+            _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
+            blocks += 1
+        t = t_next
 
 
 @gluon.jit
 def _softmax(
     s, l_i, m_i, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, layout: gl.constexpr,
-    BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
+    BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """(P, l, m, exp(m before - m)) of a block's scores, unscaled; a row that has seen nothing yet has m = -inf."""
     if MASKED:
         offs_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         visible = is_visible(
             gl.expand_dims(offs_m, 1), gl.expand_dims(offs_n, 0), len_q, len_k, window_left, window_right,
-            HAS_LEFT, HAS_RIGHT,
+            HAS_LEFT, True,
         )  # fmt: skip
         s = gl.where(visible, s, float("-inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1))
@@ -116,29 +124,50 @@ def _softmax(
 
 @gluon.jit
 def _attend(
-    acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, blocks,
+    acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles, blocks,
     offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores of the key block at n0 beside the product of the block before it, `blocks`, with its values."""
     slot_k = (blocks + 1) % STAGES
     slot_v = blocks % STAGES
     mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
+    if CONSUMERS == 3:
+        # of each tile one block comes without a turn
+        mbarrier.wait(turn.index(CONSUMER), ((blocks - tiles) & 1) ^ (CONSUMER > 0))
     scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot_v), (blocks // STAGES) & 1)
     product = warpgroup_mma(p, _rows(v_smem.index(slot_v)), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[scores])
+    if CONSUMERS == 3:
+        mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
+    if MASKED:
+        # few blocks: P's registers are worth more than the overlap
+        s, acc, p = warpgroup_mma_wait(0, deps=[scores, product, p])
+        mbarrier.arrive(v_empty.index(slot_v))
+    else:
+        s = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot_k))
     p_new, l_i, m_i, alpha = _softmax(
         s, l_i, m_i, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout,
-        BLOCK_N, HAS_LEFT, HAS_RIGHT, MASKED,
+        BLOCK_N, HAS_LEFT, MASKED,
     )  # fmt: skip
-    # until here the product reads P's registers
-    acc, p = warpgroup_mma_wait(0, deps=[product, p])
-    mbarrier.arrive(v_empty.index(slot_v))
+    p_new = _operand(p_new, out_layout, v_smem.dtype)
+    if not MASKED:
+        # until here the product reads P's registers
+        acc, p = warpgroup_mma_wait(0, deps=[product, p])
+        mbarrier.arrive(v_empty.index(slot_v))
     acc = acc * _column(alpha, out_layout)
-    return acc, l_i, m_i, _operand(p_new, out_layout, v_smem.dtype)
+    return acc, l_i, m_i, p_new
+
+
+@gluon.jit
+def _next_tile(next_smem, q_empty):
+    """Which tile comes next, and a word to the producer that the consumer is done with Q and with this."""
+    t = gl.sum(next_smem.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(q_empty)
+    return t
 
 
 @gluon.jit
@@ -161,11 +190,11 @@ def _operand(p, layout: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    shared, work, numbers, outputs, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    shared, work, numbers, outputs, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    tiles_ptr, num_tiles, heads = work
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
+    tiles_ptr, num_tiles, heads, next_ptr, next_smem = work
     softmax_scale, window_left, window_right = numbers
     out_ptr, lse_ptr, rows_q = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -176,81 +205,80 @@ def _consume(
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         m0 = gl.load(record_ptr) + CONSUMER * ROWS
         len_q = gl.load(record_ptr + 1)
         len_k = gl.load(record_ptr + 2)
         begin = gl.load(record_ptr + 3)
-        num_left = gl.load(record_ptr + 4)
-        num_full = gl.load(record_ptr + 5)
-        num_right = gl.load(record_ptr + 6)
-        num_blocks = num_left + num_full + num_right
+        num_blocks = gl.load(record_ptr + 4) + gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
+        offs_m = m0 + gl.arange(0, ROWS, row_layout)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        l_i = gl.zeros([ROWS], gl.float32, row_layout)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
+        tiles += 1
         if num_blocks > 0:
-            offs_m = m0 + gl.arange(0, ROWS, row_layout)
-            acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-            l_i = gl.zeros([ROWS], gl.float32, row_layout)
-            m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
             last = begin + (num_blocks - 1) * BLOCK_N
-
-            mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
-            tiles += 1
             slot = blocks % STAGES
             mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
             s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
             mbarrier.arrive(k_empty.index(slot))
             p, l_i, m_i, alpha = _softmax(
                 s, l_i, m_i, offs_m, last, len_q, len_k, window_left, window_right, scale_log2, s_layout,
-                BLOCK_N, HAS_LEFT, HAS_RIGHT, True,
+                BLOCK_N, HAS_LEFT, True,
             )  # fmt: skip
             p = _operand(p, out_layout, v_smem.dtype)
             # one block is behind us; those masked at their left share the loop of those masked at their right
             n0 = last - BLOCK_N
-            num_masked = gl.maximum(num_right - 1, 0)
-            num_whole = num_full
-            if num_right == 0:
-                num_whole = gl.maximum(num_full - 1, 0)
+            num_whole = gl.load(record_ptr + 5)
+            num_masked = gl.load(record_ptr + 6) - 1
+            if num_masked < 0:
+                num_whole = gl.maximum(num_whole - 1, 0)
+                num_masked = 0
             for side in range(1 + HAS_LEFT):
                 if side == 1:
                     num_masked = num_blocks - 1 - num_masked - num_whole
                     num_whole = 0
                 for _ in range(num_masked):
                     acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, blocks,
-                        offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
-                        BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT, True,
+                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles,
+                        blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
+                        CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, True,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
                 for _ in range(num_whole):
                     acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, blocks,
-                        offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
-                        BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT, False,
+                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles,
+                        blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
+                        CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, False,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
-            mbarrier.arrive(q_empty.index(CONSUMER))
+            t = _next_tile(next_smem, q_empty.index(CONSUMER))
             slot = blocks % STAGES
             mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
             acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
             mbarrier.arrive(v_empty.index(slot))
             blocks += 1
-
-            is_empty = l_i == 0.0
-            l_i = gl.where(is_empty, 1.0, l_i)
-            out = acc / _column(l_i, out_layout)
-            lse = gl.where(is_empty, float("-inf"), m_i * softmax_scale + gl.log(l_i))
-            batch_row = gl.cast(gl.load(record_ptr + 7), gl.int64)
-            row = gl.cast(gl.load(record_ptr + 8) + CONSUMER * ROWS, gl.int64)
-            lse_ptrs = lse_ptr + batch_row * (heads - 1) + gl.cast(head, gl.int64) * rows_q + row
-            gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
-            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-            out_ptrs = out_ptr + (row * heads + head) * HEAD_DIM
-            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+        else:
+            t = _next_tile(next_smem, q_empty.index(CONSUMER))
+        is_empty = l_i == 0.0
+        l_i = gl.where(is_empty, 1.0, l_i)
+        out = acc / _column(l_i, out_layout)
+        lse = gl.where(is_empty, float("-inf"), m_i * softmax_scale + gl.log(l_i))
+        batch_row = gl.cast(gl.load(record_ptr + 7), gl.int64)
+        row = gl.cast(gl.load(record_ptr + 8) + CONSUMER * ROWS, gl.int64)
+        lse_ptrs = lse_ptr + batch_row * (heads - 1) + gl.cast(head, gl.int64) * rows_q + row
+        gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
+        offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+        offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+        out_ptrs = out_ptr + (row * heads + head) * HEAD_DIM
+        out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
 
 
 @gluon.jit(do_not_specialize=("tile_bound", "rows_q", "heads", "group_size", "window_left", "window_right"))
@@ -259,10 +287,11 @@ def hopper_forward_kernel(
     softmax_scale, window_left, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), any number. The descriptors are ragged, for tiles (1, 1, 1, 64 or BLOCK_N, HEAD_DIM); out and
-    lse are contiguous, and hold 0 and -inf: rows of tiles without blocks are not written."""
+    lse are contiguous; rows of no sequence are not written. There always is a window at the right, if need be so wide
+    that it hides nothing."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -274,7 +303,10 @@ def hopper_forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    next_smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     for c in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(c), count=1)
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
     for slot in gl.static_range(STAGES):
@@ -284,16 +316,16 @@ def hopper_forward_kernel(
         mbarrier.init(v_empty.index(slot), count=CONSUMERS)
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    work = (tiles_ptr, num_tiles, heads)
+    shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    work = (tiles_ptr, num_tiles, heads, tiles_ptr + tile_bound * RECORD + 1, next_smem)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_left, window_right)
     outputs = (out_ptr, lse_ptr, rows_q)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, numbers, outputs, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT)),
-                (_consume, (shared, work, numbers, outputs, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT)),
+                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -302,9 +334,9 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, numbers, outputs, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT)),
-                (_consume, (shared, work, numbers, outputs, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT)),
-                (_consume, (shared, work, numbers, outputs, 2, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT)),
+                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 2, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],

@@ -1,21 +1,20 @@
 """Which kernels may run on a GPU: FA_OPS_KERNEL, read once, when fa_ops is imported.
 
-"portable", the default: those that have been run on one. "preview": also those that only compile for one so far.
+"auto", the default: those written for the GPU at hand, where they know a call, and else the portable ones, in plain
+Triton. "portable": the portable ones alone. "preview": as "auto", and also kernels that have not been run on a GPU yet.
 """
 
 import os
 from collections.abc import Mapping
 
 VARIABLE = "FA_OPS_KERNEL"
-TIERS = ("portable", "preview")
+TIERS = ("auto", "portable", "preview")
 
 
 def read_tier(environment: Mapping[str, str]) -> str:
-    tier = environment.get(VARIABLE, "portable")
+    tier = environment.get(VARIABLE, "auto")
     if tier not in TIERS:
-        raise ValueError(
-            f"{VARIABLE}: {tier!r} given in the environment; accepted are {' and '.join(map(repr, TIERS))}"
-        )
+        raise ValueError(f"{VARIABLE}: {tier!r} given in the environment; accepted are {', '.join(map(repr, TIERS))}")
     return tier
 
 

@@ -119,7 +119,6 @@ def test_tile_list(is_packed: bool, index_dtype: str):
     ("head_dim", "dtype", "flags"),
     [
         *[(head_dim, torch.float16, {}) for head_dim in HOPPER_TILES],
-        *[(head_dim, torch.bfloat16, {"HAS_RIGHT": False}) for head_dim in HOPPER_TILES],
         *[(head_dim, torch.bfloat16, {"HAS_LEFT": True}) for head_dim in HOPPER_TILES if head_dim <= 128],
         *[(head_dim, torch.float16, {"is_sparse": True}) for head_dim in HOPPER_SPARSE_TILES],
         *[(head_dim, torch.bfloat16, {"is_sparse": True, "HAS_RIGHT": False}) for head_dim in HOPPER_SPARSE_TILES],

@@ -8,13 +8,12 @@ from fa_ops import decoding
 
 
 @pytest.fixture
-def preview(monkeypatch):
-    monkeypatch.setattr(decoding, "TIER", "preview")
+def hopper(monkeypatch):
     monkeypatch.setattr(decoding, "multi_processors", lambda device: 132)
 
 
 @pytest.mark.parametrize("is_skipping", [False, True], ids=["dense", "skip_softmax"])
-def test_a_growing_cache_needs_no_new_trace(is_skipping, preview):
+def test_a_growing_cache_needs_no_new_trace(is_skipping, hopper):
     def splits(q, k):
         return q.new_zeros(decoding.select_splits(q, k, None, is_skipping))
 

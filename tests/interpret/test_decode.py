@@ -150,13 +150,12 @@ def test_group_sizes(group_size: int, split):
     check_case(fa_ops.attention, decoding_case((50,), group_size=group_size))
 
 
-def test_nobody_splits_unless_asked(monkeypatch):
+def test_number_of_splits():
     q, k = torch.randn(2, 1, 4, 16), torch.randn(2, 9000, 2, 16)
-    monkeypatch.setattr(decoding, "TIER", "portable")
-    assert decoding.select_splits(q, k, None, False) is None
-    monkeypatch.setattr(decoding, "TIER", "preview")
     assert decoding.select_splits(q, k, None, False) == 8
     assert decoding.select_splits(q, k, None, True) == 5
+    assert decoding.select_splits(q.repeat(1, 1, 8, 1), k, None, False) == 8
+    assert decoding.select_splits(q.repeat(1, 1, 16, 1), k, None, False) == 5
     assert decoding.select_splits(q, k[:, :1], None, False) == 1
     assert decoding.select_splits(q.expand(2, 2, 4, 16), k, None, False) is None
     assert decoding.select_splits(q[:, 0], k.flatten(0, 1), None, False) is None

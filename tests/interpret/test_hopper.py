@@ -98,7 +98,7 @@ def test_the_log_says_which_kernel_runs(caplog, request):
         inputs.call(fa_ops.attention, inputs.q, inputs.k, inputs.v)
         inputs.call(fa_ops.attention, inputs.q, inputs.k, inputs.v, softcap=2.0)
     assert caplog.messages == [
-        "varlen_attention: forward kernel, since FA_OPS_KERNEL is 'portable'",
+        "varlen_attention: forward kernel, since cpu is not of sm_90",
         "varlen_attention: sm_90 kernel",
         "varlen_attention: forward kernel, since softcap",
     ]
@@ -151,26 +151,32 @@ def test_other_tiles(tile: HopperTile, monkeypatch, launches):
 # Changes to the kernel's source, each of which must be found.
 FAULTS = {
     "v_is_released_before_its_use": (
-        "    acc, p = warpgroup_mma_wait(0, deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n",
-        "    mbarrier.arrive(v_empty.index(slot_v))\n    acc, p = warpgroup_mma_wait(0, deps=[product, p])\n",
+        "        acc, p = warpgroup_mma_wait(0, deps=[product, p])\n        mbarrier.arrive(v_empty.index(slot_v))\n",
+        "        mbarrier.arrive(v_empty.index(slot_v))\n        acc, p = warpgroup_mma_wait(0, deps=[product, p])\n",
     ),
     "v_is_never_released": (
-        "deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n", "deps=[product, p])\n"
+        " acc, p = warpgroup_mma_wait(0, deps=[product, p])\n        mbarrier.arrive(v_empty.index(slot_v))\n",
+        " acc, p = warpgroup_mma_wait(0, deps=[product, p])\n",
     ),
     "v_is_released_twice": (
-        "deps=[product, p])\n", "deps=[product, p])\n    mbarrier.arrive(v_empty.index(slot_v))\n"
+        " acc, p = warpgroup_mma_wait(0, deps=[product, p])\n",
+        " acc, p = warpgroup_mma_wait(0, deps=[product, p])\n        mbarrier.arrive(v_empty.index(slot_v))\n",
     ),
     "a_wrong_phase": (
         "wait(v_full.index(slot_v), (blocks // STAGES) & 1)", "wait(v_full.index(slot_v), ((blocks // STAGES) & 1) ^ 1)"
     ),
-    "the_producer_does_not_wait": ("                mbarrier.wait(v_empty.index(slot), phase_before)\n", ""),
+    "the_producer_does_not_wait": ("            mbarrier.wait(v_empty.index(slot), phase_before)\n", ""),
     "q_is_released_early": (
-        "            tiles += 1\n            slot = blocks",
-        "            tiles += 1\n            mbarrier.arrive(q_empty.index(CONSUMER))\n            slot = blocks",
+        "        tiles += 1\n        if num_blocks",
+        "        tiles += 1\n        mbarrier.arrive(q_empty.index(CONSUMER))\n        if num_blocks",
     ),
     "a_row_behind_the_end_is_read": ("end, head, RAGGED_ROWS - length", "end + 1, head, RAGGED_ROWS - 1 - length"),
     "a_row_behind_the_end_is_written": ("m0 + offs_row < len_q", "m0 + offs_row < len_q + 1"),
     "the_sum_is_not_rescaled": ("acc = acc * _column(alpha, out_layout)", "acc = acc * 1.0"),
+    "the_next_tile_is_told_too_late": (
+        "        next_smem.store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))\n", ""
+    ),
+    "nobody_takes_turns": ("        mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))\n", "        pass\n"),
     "nothing_is_masked": ("    if MASKED:\n        offs_n", "    if False:\n        offs_n"),
 }  # fmt: skip
 

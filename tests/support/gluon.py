@@ -21,6 +21,7 @@ from torch import Tensor
 HANG_SECONDS = 20.0
 COPY_SECONDS = PRODUCT_SECONDS = 1e-3  # at most
 PAUSE_SECONDS = 1e-4  # before a wait, at most
+POISON = -(2**31)  # integers that nobody has written
 
 
 class EmulationError(AssertionError):
@@ -118,17 +119,17 @@ class _Shared:
     def index(self, i: int) -> Any:
         return _Shared(self.values[i])
 
+    def load(self, layout) -> Tensor:
+        return self.values.clone()
+
+    def store(self, value: Tensor) -> None:
+        self.values.copy_(value)
+
     def reshape(self, shape) -> "_Shared":
         return _Shared(self.values.view(tuple(shape)))
 
     def permute(self, order) -> "_Shared":
         return _Shared(self.values.permute(order))
-
-    def store(self, value: Tensor) -> None:
-        self.values.copy_(value)
-
-    def load(self, layout: Any) -> Tensor:
-        return self.values.clone()
 
 
 class _Barrier:
@@ -224,14 +225,13 @@ class _Program:
             return x
 
         return types.SimpleNamespace(
-            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
-            constexpr=None, static_range=range, static_assert=_static_assert,
+            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
+            int32=torch.int32, constexpr=None, static_range=range, static_assert=_static_assert,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
-            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None, atomic_add=self._add,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
-            load=lambda pointer, mask=None, other=None: pointer.memory[pointer.offset].item(), store=_store,
-            atomic_add=self._add,
+            load=_load, store=_store,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -246,8 +246,8 @@ class _Program:
         if layout == "barrier":
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
-            return _Shared(barriers)
-        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype))
+            return _Shared(barriers if len(shape) == 2 else barriers[0])
+        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else POISON, dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
         roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
@@ -346,6 +346,12 @@ class _Program:
 
 def _static_assert(condition: bool, message: str) -> None:
     assert condition, message
+
+
+def _load(pointer: _Pointer, mask: Any = None, other: Any = None) -> Any:
+    if not 0 <= pointer.offset < len(pointer.memory):
+        raise EmulationError(f"element {pointer.offset} of {len(pointer.memory)} is read")
+    return pointer.memory[pointer.offset].item()
 
 
 def _store(pointer: _Pointer, value: Any, mask: Any) -> None:

@@ -3,28 +3,12 @@
 import csv
 import importlib
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-MODULES = (
-    "cases", "timing", "peers", "memory", "environment", "report", "plot", "run", "tune_portable",
-    "structured", "sparsity",
-)  # fmt: skip
 CPU_IMPLS = ("fa_ops", "sdpa_sum", "sdpa_loop", "sdpa_padded")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark's modules, importable only while the tests of this file run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        del sys.modules[name]
 
 
 def tiny_case(bench, is_causal=True, impls=CPU_IMPLS, lengths=(5, 33, 16), num_heads_kv=2):
@@ -40,9 +24,8 @@ def test_flops_match_a_count_by_hand(bench):
     assert tiny_case(bench, lengths=(2, 3)).flops("forward") == forward / 2
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_cuda_cases_fill_the_card_and_their_twins_exist(bench, quick):
-    cases = bench.cases.cuda_cases(quick)
+def test_cuda_cases_fill_the_card_and_their_twins_exist(bench):
+    cases = [*bench.cases.goal_cases().values(), *bench.cases.more_cases()]
     names = [case.name for case in cases]
     for case in cases:
         assert case.impls[0] == "fa_ops"
@@ -53,7 +36,8 @@ def test_cuda_cases_fill_the_card_and_their_twins_exist(bench, quick):
             assert twin.is_fixed_length
             assert twin.flops("forward") == pytest.approx(case.flops("forward"), rel=0.05)
     assert {case.head_dim for case in cases} == {64, 128, 256}
-    assert any(case.twin for case in cases)
+    cells = [tuple(bench.report.case_columns(case).values()) for case in cases]
+    assert len(set(cells)) == len(cells)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -62,7 +46,7 @@ def test_every_cpu_implementation_computes_the_same(bench, is_causal, direction)
     case = tiny_case(bench, is_causal)
     data = bench.peers.make_data(case, "cpu")
     prepared = {impl: bench.peers.PEERS[impl](case, data) for impl in CPU_IMPLS}
-    findings = bench.run.compare(prepared, direction, 1e-5)
+    findings = bench.comparing.compare(prepared, direction, 1e-5)
     assert findings.pop("fa_ops") == {}
     assert [set(finding) for finding in findings.values()] == [{"difference"}] * 3
 
@@ -71,7 +55,7 @@ def test_one_named_sdpa_backend_needs_equal_lengths(bench):
     case = tiny_case(bench, lengths=(8, 8), impls=("fa_ops", "sdpa_flash"))
     data = bench.peers.make_data(case, "cpu")
     prepared = {impl: bench.peers.PEERS[impl](case, data) for impl in case.impls}
-    assert bench.run.compare(prepared, "backward", 1e-5)["sdpa_flash"]["difference"] <= 1e-5
+    assert bench.comparing.compare(prepared, "backward", 1e-5)["sdpa_flash"]["difference"] <= 1e-5
     ragged = tiny_case(bench)
     with pytest.raises(ValueError, match=r"FLASH_ATTENTION needs sequences of equal length, got \(5, 33, 16\)"):
         bench.peers.PEERS["sdpa_flash"](ragged, bench.peers.make_data(ragged, "cpu"))
@@ -80,7 +64,7 @@ def test_one_named_sdpa_backend_needs_equal_lengths(bench):
 def test_a_peer_that_differs_and_one_that_raises_are_reported(bench):
     case = tiny_case(bench, impls=("fa_ops", "torch_varlen"))  # varlen_attn has no CPU kernel
     wrong = {"wrong": lambda case, data: bench.peers.packed_run(lambda q, k, v: 2 * q, data)}
-    rows = bench.run.bench_case(case, wrong, "cpu", bench.timing.CpuClock(), 1)
+    rows = bench.parts.bench_case(case, wrong, "cpu", bench.timing.CpuClock(), 1)
     by_impl = {row["impl"]: row for row in rows if row["direction"] == "forward"}
     assert "error" not in by_impl["fa_ops"]
     assert "median_ms" not in by_impl["torch_varlen"]
@@ -89,21 +73,10 @@ def test_a_peer_that_differs_and_one_that_raises_are_reported(bench):
     assert by_impl["wrong"]["median_ms"] > 0
 
 
-def test_interleave_takes_turns_and_drops_the_first_round(bench):
-    class CountingClock(bench.timing.CpuClock):
-        """Every reading is one millisecond after the one before."""
-
-        now = 0
-
-        def start(self):
-            self.now += 1_000_000
-            return self.now
-
-        stop = start
-
+def test_interleave_takes_turns_and_drops_the_first_round(bench, counting_clock):
     turns = []
     run = {name: SimpleNamespace(forward=lambda name=name: turns.append(name)) for name in "abc"}
-    samples = bench.timing.interleave(run, "forward", CountingClock(), 4, seconds=60)
+    samples = bench.timing.interleave(run, "forward", counting_clock, 4, seconds=60)
     assert samples == {name: [1.0] * 4 for name in "abc"}
     rounds = [turns[start : start + 3] for start in range(0, 15, 3)]
     assert [sorted(turn) for turn in rounds] == [["a", "b", "c"]] * 5
@@ -116,7 +89,7 @@ def test_ratio_is_our_speed_over_theirs(bench):
         key | {"impl": "peer", "median_ms": 3.0, "min_ms": 0.5},
         key | {"impl": "broken", "error": "raised"},
     ]
-    bench.report.add_ratios(rows)
+    bench.report.add_ratios(rows, [])
     assert (rows[1]["ours_over_impl"], rows[1]["ours_over_impl_of_min"]) == (1.5, 0.5)
     assert "ours_over_impl" not in rows[2]
 
@@ -133,30 +106,43 @@ def test_memory_sees_a_known_allocation(bench):
     assert 64 <= extra < 96
 
 
-@pytest.mark.parametrize("has_matplotlib", [True, False])
-def test_smoke(bench, tmp_path, monkeypatch, capsys, has_matplotlib):
-    monkeypatch.setattr(bench.run, "cpu_cases", lambda quick: [tiny_case(bench)])
-    monkeypatch.setattr(bench.run, "measure_in_subprocess", lambda impl, direction, length: 1.0)
+@pytest.fixture
+def tiny_run(bench, tmp_path, monkeypatch):
+    """run.main on one tiny case; its status and the rows of its CSV."""
+    for module in (bench.parts, bench.goals):
+        monkeypatch.setattr(module, "cpu_cases", lambda quick: [tiny_case(bench)])
+    monkeypatch.setattr(bench.parts, "measure_in_subprocess", lambda impl, direction, length: 1.0)
     monkeypatch.setenv("FA_OPS_COMMIT", "abc123")
-    (tmp_path / "my_peer.py").write_text(
-        "from fa_ops import attention\n"
-        "def mine(q, k, v, cu_seqlens, max_seqlen, is_causal):\n"
-        "    return attention(q, k, v, cu_seqlens[:-1], cu_seqlens.diff(), max_seqlen, is_causal)\n"
-    )
     monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = bench.run.main(["--device", "cpu", "--rounds", "1", "--output", str(tmp_path), *arguments])
+        with (tmp_path / "cpu.csv").open() as file:
+            return status, list(csv.DictReader(file))
+
+    return run
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_smoke(bench, tiny_run, tmp_path, monkeypatch, capsys, has_matplotlib):
+    (tmp_path / "my_peer.py").write_text(
+        "from fa_ops import varlen_attn\n"
+        "def mine(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal):\n"
+        "    window = (-1, 0 if causal else -1)\n"
+        "    options = {'window_size': window, 'enable_gqa': True}\n"
+        "    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **options)\n"
+    )
     if has_matplotlib:
         pytest.importorskip("matplotlib")
     else:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-    arguments = ["--device", "cpu", "--rounds", "1", "--output", str(tmp_path), "--peer", "my_peer:mine"]
-    assert bench.run.main(arguments) == 0
-
-    with (tmp_path / "cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    status, rows = tiny_run("--peer", "my_peer:mine")
+    assert status == 0
     timed = [row for row in rows if row["tflops"]]
     assert [row["impl"] for row in timed] == [*CPU_IMPLS, "my_peer:mine"] * 2
     assert {row["direction"] for row in timed} == {"forward", "forward_backward"}
     assert all(float(row["median_ms"]) > 0 and float(row["ours_over_impl"]) > 0 for row in timed)
+    assert all(float(row["difference"]) < 1e-5 for row in timed if row["direction"] == "forward")
     assert {(row["commit"], row["torch"]) for row in rows} == {("abc123", torch.__version__)}
     assert sum(row["direction"] == "call_overhead" for row in rows) == 2
     output = capsys.readouterr()
@@ -165,12 +151,47 @@ def test_smoke(bench, tmp_path, monkeypatch, capsys, has_matplotlib):
     assert (tmp_path / "cpu.png").exists() == has_matplotlib
     assert ("no plot" in output.err) != has_matplotlib
 
+    table = (tmp_path / "goals-cpu.md").read_text()
+    assert table in output.out
+    lines = [line for line in table.splitlines() if line.startswith("| 14 |")]
+    assert len(lines) == 2
+    assert not any("not run" in line for line in lines)
+    bench.goals.main(tmp_path / "cpu.csv")
+    assert (tmp_path / "goals-cpu.md").read_text() == table
 
-def test_a_time_limit_is_reported_in_every_row(bench, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.run, "cpu_cases", lambda quick: [tiny_case(bench)])
-    monkeypatch.setattr(bench.run, "bench_memory", lambda rows, length: None)
-    assert bench.run.main(["--device", "cpu", "--time-limit", "-1", "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("not run: the time limit") == 2 * len(CPU_IMPLS)
+
+def test_a_time_limit_is_reported_in_every_row(tiny_run, tmp_path, capsys):
+    status, rows = tiny_run("--time-limit", "-1")
+    assert status == 0
+    assert {row["skipped"] for row in rows} == {"not run: the time limit of -1 s had passed"}
+    assert {row["direction"] for row in rows} == {"forward", "forward_backward", "call_overhead"}
+    assert "no plot: nothing was timed" in capsys.readouterr().err
+    assert "| not run: the time limit of -1 s had passed | – |" in (tmp_path / "goals-cpu.md").read_text()
+
+
+def test_only_runs_what_it_names(bench, tiny_run, tmp_path, capsys):
+    _, rows = tiny_run("--only", "overhead")
+    assert {row["direction"] for row in rows} == {"call_overhead"}
+    assert "| not run: left out by --only overhead | – |" in (tmp_path / "goals-cpu.md").read_text()
+    capsys.readouterr()
+    assert bench.run.main(["--device", "cuda", "--list", "--only", "^skip-softmax"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"skip-softmax {size}, causal" for size in ("1 x 32768", "4 x 8192", "1 x 131072")
+    ]
+    with pytest.raises(SystemExit, match="'no such' given, which is found in no part's name"):
+        tiny_run("--only", "no such")
+
+
+def test_a_part_that_fails_leaves_its_rows_and_the_others(bench, tiny_run, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(bench.parts, "make_data", fail)
+    status, rows = tiny_run()
+    assert status == 1
+    errors = [row for row in rows if row["error"] == "OutOfMemoryError: too large"]
+    assert len(errors) == 2 * len(CPU_IMPLS) + 2
+    assert sum(row["peak_extra_mib"] == "1" for row in rows) == 4
 
 
 def test_length_plot_has_a_panel_per_direction_and_head_dimension(bench, tmp_path):

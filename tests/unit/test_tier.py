@@ -2,18 +2,18 @@
 
 import pytest
 
-from fa_ops.kernels.tier import read_tier
+from fa_ops.kernels.tier import TIERS, read_tier
 from tests.unit.test_imports import run_fresh
 
 
 def test_values():
-    assert read_tier({}) == read_tier({"FA_OPS_KERNEL": "portable"}) == "portable"
-    assert read_tier({"FA_OPS_KERNEL": "preview"}) == "preview"
+    assert read_tier({}) == "auto"
+    assert [read_tier({"FA_OPS_KERNEL": value}) for value in TIERS] == list(TIERS)
 
 
 @pytest.mark.parametrize("value", ["", "Preview", "fast"])
 def test_other_values_are_refused(value: str):
-    with pytest.raises(ValueError, match=r"FA_OPS_KERNEL: '.*' given in the environment; accepted are 'portable' and"):
+    with pytest.raises(ValueError, match=r"FA_OPS_KERNEL: '.*' given .*; accepted are 'auto', 'portable', 'preview'"):
         read_tier({"FA_OPS_KERNEL": value})
 
 
