@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fa_ops import ops, varlen  # noqa: F401  (ops registers torch.ops.modelopt.varlen_attention)
+from fa_ops import ops, varlen
 from fa_ops_meta import checks
 
 if TYPE_CHECKING:
@@ -126,13 +126,14 @@ def attention(
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(q, k, v)
     q, k, v = _autocast(q, k, v)
-    out, lse, _, counts = torch.ops.modelopt.varlen_attention(
+    out, lse, _, counts = ops.attend(
         q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_size[0], window_size[1], softcap, sinks, key_mask,
         block_table, deterministic is not False, threshold, skip_softmax_block[0], skip_softmax_block[1],
     )  # fmt: skip
-    results = [out, *[lse] * return_lse, *[counts] * return_skip_counts]
-    return out if len(results) == 1 else tuple(results)
+    if not (return_lse or return_skip_counts):
+        return out
+    return (out, *[lse] * return_lse, *[counts] * return_skip_counts)
 
 
 def varlen_attn(

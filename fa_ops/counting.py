@@ -13,6 +13,7 @@ from fa_ops.launching import (
     require_triton,
     strides_of,
     tile_of,
+    with_positive_scale,
 )
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
@@ -40,6 +41,7 @@ def count_kept(
     b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, trials = (
         t.contiguous() for t in (b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, trials)
     )
+    q, scale = with_positive_scale(q, scale)
     tile, is_packed = tile_of("forward", q, k, (br, bc)), q.dim() == 3
     with device_of(q):
         count_kept_kernel[grid(num_seqs, rows_q, br, q.shape[-2], is_packed)](

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fa_ops.launching import (
     HAS_TRITON,
+    launch_kernel,
     leading_strides,
     lse_strides,
     mask_strides,
@@ -20,7 +21,6 @@ from fa_ops.launching import (
     page_counts,
     paging,
     strides_of,
-    wrap_triton,
 )
 from fa_ops_meta.paging import key_extent
 from fa_ops_meta.skip import DECODE_SEGMENT, VISIT_ORDER, VISIT_ORDERS
@@ -37,7 +37,8 @@ def select_splits(q: Tensor, k: Tensor, block_table: Tensor | None, is_skipping:
     """Programs that share the keys of a sequence of one row, or None where there is no decode kernel for the call.
 
     As many as half of the device's multiprocessors, of at least MIN_SPLIT_KEYS keys each, MIN_KEYS_PER_HEAD for each
-    query head of a key head, or of a segment each with skip-softmax: from the device and the room for keys alone. Tests replace this function to choose for themselves.
+    query head of a key head, or of a segment each with skip-softmax: from the device and the room for keys alone. Tests
+    replace this function to choose for themselves.
     """
     if not _is_decoding(q, block_table):
         return None
@@ -70,23 +71,30 @@ def launch(
     part_out = q.new_empty((num_splits, num_seqs, heads_q, v.shape[-1]), dtype=torch.float32)
     part_lse = q.new_empty((num_splits, num_seqs, heads_q), dtype=torch.float32)
     block_m = block_dim(heads_q // heads_kv)
-    wrap_triton(attention_decode_kernel)[(num_seqs, heads_kv, num_splits)](
+    args = (
         q, k, v, part_out, part_lse, *index,
         index[1] if key_mask is None else key_mask, index[1] if block_table is None else block_table,
         *((lse, index[1], index[1]) if threshold is None else (threshold, block_bits, counts)),
         *numbers, num_seqs, rows_q, key_extent(k, block_table), *page_counts(k, block_table),
         *strides_of(q), *strides_of(k), *strides_of(v), *mask_strides(key_mask), *leading_strides(block_table),
         *leading_strides(threshold), *leading_strides(block_bits),
-        GROUP_SIZE=heads_q // heads_kv, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
-        BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]), BLOCK_M=block_m, BLOCK_N=tile.block_n,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=numbers[1] > 0.0,
-        IS_PACKED=q.dim() == 3, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
-        SKIP_SOFTMAX=threshold is not None, SKIP_BLOCK_Q=block_q, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
-        num_warps=max(tile.num_warps, block_m // 16), num_stages=tile.num_stages,
     )  # fmt: skip
-    wrap_triton(attention_combine_kernel)[(num_seqs, heads_q)](
+    constants = {
+        "GROUP_SIZE": heads_q // heads_kv, "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
+        "BLOCK_M": block_m, "BLOCK_N": tile.block_n,
+        "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": numbers[1] > 0.0, "IS_PACKED": q.dim() == 3,
+        "HAS_KEY_MASK": key_mask is not None, "PAGING": paging(k, block_table, tile.block_n),
+        "SKIP_SOFTMAX": threshold is not None, "SKIP_BLOCK_Q": block_q, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
+        "num_warps": max(tile.num_warps, block_m // 16), "num_stages": tile.num_stages,
+    }  # fmt: skip
+    launch_kernel(attention_decode_kernel, (num_seqs, heads_kv, num_splits), args, constants)
+    args = (
         part_out, part_lse, out, lse, index[0], index[1], lse if sinks is None else sinks, num_seqs, rows_q, num_splits,
         *strides_of(out), *lse_strides(lse),
-        HEAD_DIM_V=v.shape[-1], BLOCK_DV=block_dim(v.shape[-1]), HAS_SINKS=sinks is not None, IS_PACKED=q.dim() == 3,
-        num_warps=8, num_stages=1,
     )  # fmt: skip
+    constants = {
+        "HEAD_DIM_V": v.shape[-1], "BLOCK_DV": block_dim(v.shape[-1]), "HAS_SINKS": sinks is not None,
+        "IS_PACKED": q.dim() == 3, "num_warps": 8, "num_stages": 1,
+    }  # fmt: skip
+    launch_kernel(attention_combine_kernel, (num_seqs, heads_q), args, constants)

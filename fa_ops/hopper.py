@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops.kernels import tier
-from fa_ops.launching import multi_processors
+from fa_ops.launching import launch_compiled, multi_processors
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
 HEAD_DIMS = (64, 128, 256)
 SKIP_BLOCKS = {64: ((64, 128),), 128: ((64, 128),), 256: ((64, 64),)}  # of skip-softmax, by head dimension
 ALIGNMENT = 16  # bytes: of the copy engine's addresses and strides
+TILE_LIST_WARPS = 4
 MAX_ROWS = 2**30  # of a ragged descriptor
 LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
 
@@ -131,25 +133,35 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
     bytes.
     """
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    heads, dim = t.shape[-2:]
-    stride_t, stride_h = t.stride()[-3:-1]
-    block = [1, 1, 1, block_rows, dim]
-    return TensorDescriptor(
+    *_, heads, dim = t.shape
+    *_, stride_t, stride_h, _ = t.stride()
+    block = (1, 1, 1, block_rows, dim)
+    return _descriptor_class()(
         t,
-        shape=[2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
-        strides=[2**34 - stride_t, stride_t, stride_h, stride_t, 1],
-        block_shape=block,
-        layout=_shared_layout(tuple(block), str(t.dtype).removeprefix("torch.")),
+        [2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
+        [2**34 - stride_t, stride_t, stride_h, stride_t, 1],
+        block,
+        _shared_layout(block, t.dtype),
     )
 
 
 @functools.cache
-def _shared_layout(block: tuple[int, ...], dtype: str) -> Any:
+def _descriptor_class() -> Any:
+    """Triton's, without its checks, for which `_for_copy_engine` stands: they would take as long as all of a launch."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    class Descriptor(TensorDescriptor):
+        def __post_init__(self) -> None:
+            pass
+
+    return Descriptor
+
+
+@functools.cache
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, dtype))
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def launch(
@@ -169,27 +181,29 @@ def launch(
     from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
 
     out, lse = outputs.empty_forward(q, v)
-    out.zero_()
-    lse.fill_(float("-inf"))
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(float("-inf"))
     q, k, v = (_for_copy_engine(t) for t in (q, k, v))
     tile = HOPPER_TILES[q.shape[-1]]
     if window_right < 0:
         window_right = rows_q  # hides nothing
     with torch.cuda.device_of(q):
         tiles, bound = tile_list(
-            q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
+            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, window_left, window_right,
             ROWS.value * tile.consumers, tile.block_n,
         )  # fmt: skip
-        hopper_forward_kernel[(min(multi_processors(q.device), bound * heads),)](
+        args = (
             ragged_descriptor(q, ROWS.value), ragged_descriptor(k, tile.block_n), ragged_descriptor(v, tile.block_n),
             out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
-            HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, STAGES=tile.stages, CONSUMERS=tile.consumers,
-            CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
-            HAS_LEFT=window_left >= 0, num_warps=4,
         )  # fmt: skip
+        constants = {
+            "HEAD_DIM": q.shape[-1], "BLOCK_N": tile.block_n, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
+            "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
+            "HAS_LEFT": window_left >= 0, "num_warps": 4,
+        }  # fmt: skip
+        programs = min(multi_processors(q.device), bound * heads)
+        launch_compiled(hopper_forward_kernel, (programs,), args, constants)
     return out, lse
 
 
@@ -197,6 +211,8 @@ def tile_list(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     b_start_loc: Tensor,
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
@@ -207,19 +223,27 @@ def tile_list(
     block_n: int,
     skip_block_q: int = 0,
 ) -> tuple[Tensor, int]:
-    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be."""
+    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be. Writes 0 and -inf to
+    the rows of out and lse that no tile with blocks has."""
+    from fa_ops.kernels.primitives import CLEAR_ROWS
     from fa_ops.kernels.tiles import RECORD, tile_list_kernel
 
     is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
     tiles = (rows_q + block_m - 1) // block_m
     bound = tiles + num_seqs if is_packed else tiles * num_seqs
     records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
-    tile_list_kernel[(bound,)](
-        records, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+    pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
+    args = (
+        records, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
         window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)),
-        BLOCK_M=block_m, BLOCK_N=block_n, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, IS_PACKED=is_packed,
-        SKIP_BLOCK_Q=skip_block_q, num_warps=1,
+        q.shape[-2],
     )  # fmt: skip
+    constants = {
+        "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
+        "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
+    }  # fmt: skip
+    launch_compiled(tile_list_kernel, (bound + pieces,), args, constants)
     return records, bound
 
 
@@ -242,3 +266,8 @@ torch.library.register_fake(
     "modelopt::_varlen_attention_sm90", lambda q, k, v, *_: outputs.empty_forward(q, v), lib=_library
 )
 forward = torch.ops.modelopt._varlen_attention_sm90.default
+
+
+def attend(*args: Any) -> tuple[Tensor, Tensor]:
+    """`launch`, behind its opaque op where the body that calls it is traced."""
+    return forward(*args) if is_wrap_triton_enabled() else launch(*args)

@@ -3,11 +3,14 @@
 `fa_ops.hopper.refusal` says when it is taken.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops import hopper
-from fa_ops.launching import leading_strides, multi_processors
+from fa_ops.launching import launch_compiled, leading_strides, multi_processors
 from fa_ops_meta import outputs
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
@@ -41,13 +44,11 @@ def launch(
 
     out, lse = outputs.empty_forward(q, v)
     block_bits, counts = outputs.empty_skip(q, k, b_seq_len, (skip_block_q, skip_block_k))
-    out.zero_()
-    lse.fill_(float("-inf"))
     block_bits.zero_()
     counts.zero_()
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
-        return out, lse, block_bits, counts
+        return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     q, k, v = (hopper._for_copy_engine(t) for t in (q, k, v))
     if sum((n - 1) * stride for n, stride in zip(threshold.shape, threshold.stride(), strict=True)) >= 2**31:
         threshold = threshold.contiguous()  # the kernel's indices have 32 bits
@@ -55,18 +56,22 @@ def launch(
     assert (ROWS.value, tile.block_n) == (skip_block_q, skip_block_k)
     with torch.cuda.device_of(q):
         tiles, bound = hopper.tile_list(
-            q, k, v, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, -1, window_right,
+            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, -1, window_right,
             ROWS.value * CONSUMERS.value, tile.block_n, skip_block_q,
         )  # fmt: skip
-        hopper_sparse_forward_kernel[(min(multi_processors(q.device), bound * heads),)](
+        args = (
             hopper.ragged_descriptor(q, ROWS.value), hopper.ragged_descriptor(k, tile.block_n),
             hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, tiles[-1], threshold, block_bits, counts,
             rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
             *leading_strides(threshold), *leading_strides(block_bits),
-            HEAD_DIM=q.shape[-1], BLOCK_N=tile.block_n, K_STAGES=tile.k_stages, V_STAGES=tile.v_stages,
-            CONSUMER_REGISTERS=tile.consumer_registers, PRODUCER_REGISTERS=tile.producer_registers,
-            HAS_RIGHT=window_right >= 0, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER), num_warps=4,
         )  # fmt: skip
+        constants = {
+            "HEAD_DIM": q.shape[-1], "BLOCK_N": tile.block_n, "K_STAGES": tile.k_stages, "V_STAGES": tile.v_stages,
+            "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
+            "HAS_RIGHT": window_right >= 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), "num_warps": 4,
+        }  # fmt: skip
+        programs = min(multi_processors(q.device), bound * heads)
+        launch_compiled(hopper_sparse_forward_kernel, (programs,), args, constants)
     return out, lse, block_bits, counts
 
 
@@ -80,3 +85,8 @@ torch.library.register_fake(
     lib=_library,
 )
 forward = torch.ops.modelopt._varlen_attention_sparse_sm90.default
+
+
+def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`launch`, behind its opaque op where the body that calls it is traced."""
+    return forward(*args) if is_wrap_triton_enabled() else launch(*args)

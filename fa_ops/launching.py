@@ -1,10 +1,15 @@
-"""What every kernel launch needs: Triton, if it is there, the tile, the grid, and the strides of the arguments."""
+"""What every kernel launch needs: Triton, if it is there, the tile, the grid, the strides of the arguments, and the
+launch itself."""
 
 import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
+from torch.library import wrap_triton
 
 from fa_ops_meta import checks
 
@@ -14,20 +19,17 @@ except ImportError:
     HAS_TRITON = IS_INTERPRETED = False
 else:
     from fa_ops.kernels.configs import Tile, architecture, select_tile
+    from fa_ops.kernels.primitives import CLEAR_ROWS
 
     HAS_TRITON = True
     IS_INTERPRETED = triton.knobs.runtime.interpret
 
-if IS_INTERPRETED:
-
-    def wrap_triton(kernel: Any, /) -> Any:
-        """Interpreted kernels are launched bare: torch 2.11 refuses to wrap them."""
-        return kernel
-else:
-    from torch.library import wrap_triton as wrap_triton
-
 
 INTERPRETED_MULTI_PROCESSORS = 16
+MAX_COMPILED = 1024  # of a kernel; each is a dictionary's entry, most name the same few kernels
+FLOATS = ("softmax_scale", "softcap")  # arguments of kernels, float32 whatever they are
+_ADDRESS, _DTYPE = operator.methodcaller("data_ptr"), operator.attrgetter("dtype")
+_BLOCK = operator.attrgetter("base.dtype", "block_shape", "layout")
 
 
 @functools.cache
@@ -38,9 +40,16 @@ def multi_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take row maxima before scaling; the sign is not turned in them, where every product would then load
+    q anew from shared memory."""
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
 def strides_of(t: Tensor) -> tuple[int, int, int]:
     """(batch or page, row, head) strides; packed tensors have no batch."""
-    return (0, t.stride(0), t.stride(1)) if t.dim() == 3 else (t.stride(0), t.stride(1), t.stride(2))
+    *batch, stride_t, stride_h, _ = t.stride()
+    return (batch[0] if batch else 0), stride_t, stride_h
 
 
 def lse_strides(lse: Tensor) -> tuple[int, int]:
@@ -83,9 +92,22 @@ def grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> t
     return (tiles + num_seqs if is_packed else num_seqs * tiles), heads
 
 
+def clearing_grid(num_seqs: int, rows: int, block: int, heads: int, is_packed: bool) -> tuple[int, int]:
+    """Beside the tiles, if packed, a program for each CLEAR_ROWS rows, which clears those of no sequence."""
+    tiles, _ = grid(num_seqs, rows, block, heads, is_packed)
+    rows_at_once = CLEAR_ROWS.value * heads
+    return (tiles + (rows + rows_at_once - 1) // rows_at_once if is_packed else tiles), heads
+
+
 def tile_of(kernel: str, q: Tensor, v: Tensor, skip_blocks: tuple[int, int] | None) -> "Tile":
     arch = "interpreter" if q.device.type == "cpu" else architecture_of(q.device)
     return select_tile(kernel, arch, q.shape[-1], v.shape[-1], q.dtype == torch.float32, skip_blocks)
+
+
+def tile_constants(tile: "Tile") -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages
+    }  # fmt: skip
 
 
 @functools.cache
@@ -98,3 +120,77 @@ def architecture_of(device: torch.device) -> str:
 def device_of(t: Tensor) -> torch.cuda.device_of:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(t)
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Launches a kernel from the body of a `triton_op`: recorded where the body is traced, else `launch_compiled`."""
+    if not IS_INTERPRETED and is_wrap_triton_enabled():
+        wrap_triton(kernel)[grid](*args, **constants)
+    else:
+        launch_compiled(kernel, grid, args, constants)
+
+
+def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """`kernel[grid](*args, **constants)` on the current device, for less: Triton asks of each of some 60 arguments what
+    to specialise the kernel for. Here the compiled kernel is found by what the answers depend on.
+
+    Profilers' hooks of launches are called. Hooks that run before Triton looks at the arguments make it do so; Triton's
+    knobs of compilation are read at a kernel's first launch of a kind only.
+
+    Args:
+        args: all that is not a constexpr, on the current device; block_shape of a descriptor is a tuple.
+        constants: constexprs, num_warps, num_stages.
+    """
+    if IS_INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    launches = _launches_of(kernel)
+    pointers = launches.pointers(args)
+    is_aligned = functools.reduce(operator.or_, map(_ADDRESS, pointers)) % 16 == 0
+    if not is_aligned or max(launches.counts(args)) >= 2**31 or kernel.pre_run_hooks:
+        kernel[grid](*args, **constants)
+        return
+    key = (
+        pointers[0].get_device(), *map(_DTYPE, pointers), *map(_BLOCK, launches.descriptors(args)),
+        *launches.sizes(args), *constants.values(),
+    )  # fmt: skip
+    compiled = launches.compiled.get(key)
+    if compiled is not None:
+        compiled[*grid, 1, 1](*args, *launches.constexprs(constants))
+        return
+    if len(launches.compiled) == MAX_COMPILED:
+        launches.compiled.clear()
+    launches.compiled[key] = kernel[grid](*args, **constants)
+
+
+class _Launches:
+    """A kernel's compiled forms, and what of the arguments they depend on: types of all, values of integers that Triton
+    specialises for. Of other integers it matters that 32 bits hold them, of addresses that they are multiples of 16."""
+
+    def __init__(self, kernel: Any) -> None:
+        params = [p for p in kernel.params if not p.is_constexpr]
+        self.pointers, self.descriptors, self.counts, self.sizes = (
+            _pick([i for i, p in enumerate(params) if _kind(p) == kind])
+            for kind in ("pointer", "descriptor", "count", "size")
+        )
+        self.constexprs = operator.itemgetter(*(p.name for p in kernel.params if p.is_constexpr))
+        self.compiled: dict[tuple, Any] = {}
+
+
+def _kind(param: Any) -> str:
+    if param.name.endswith("_ptr"):
+        return "pointer"
+    if param.name.endswith("_desc"):
+        return "descriptor"
+    if param.name in FLOATS:
+        return "float"
+    return "count" if param.do_not_specialize else "size"
+
+
+def _pick(indices: list[int]) -> Callable[[Sequence[Any]], tuple]:
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda args: tuple(args[i] for i in indices)
+
+
+_launches_of = functools.cache(_Launches)

@@ -7,7 +7,7 @@ for CPU tensors, calls the opaque CPU op. dynamo and export see one op; AOTAutog
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
     IS_INTERPRETED,
+    clearing_grid,
     device_of,
     dlse_strides,
-    grid,
+    launch_kernel,
     leading_strides,
     lse_strides,
     mask_strides,
@@ -29,8 +30,9 @@ from fa_ops.launching import (
     paging,
     require_triton,
     strides_of,
+    tile_constants,
     tile_of,
-    wrap_triton,
+    with_positive_scale,
 )
 from fa_ops_meta import checks, flops, outputs
 from fa_ops_meta.paging import key_extent
@@ -45,6 +47,8 @@ if HAS_TRITON:
     from fa_ops.kernels.tiles import tile_list_kernel
 
 logger = logging.getLogger(__name__)
+
+UNLIMITED = 2**30  # keys, of a window
 
 
 def _varlen_attention(
@@ -93,26 +97,24 @@ def _varlen_attention(
     reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, key_mask, block_table, skip_blocks)
     if reason is None and skip_blocks is not None:
         logger.debug("varlen_attention: sm_90 kernel, sparse")
-        return hopper_sparse.forward(
+        return hopper_sparse.attend(
             q, k, v, b_start_loc, b_seq_len, start_k, length_k, threshold, scale, right, *skip_blocks
         )
     if reason is None:
         logger.debug("varlen_attention: sm_90 kernel")
-        results = hopper.forward(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
+        results = hopper.attend(q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, window_left, right)
         return *results, *outputs.empty_skip(q, k, b_seq_len, None)
     out, lse = outputs.empty_forward(q, v)
     block_bits, counts = outputs.empty_skip(q, k, b_seq_len, skip_blocks, block_table)
     if skip_blocks is not None:
         block_bits.zero_()
         counts.zero_()
-    is_packed = q.dim() == 3
-    if is_packed:
-        # rows that belong to no sequence; in the padded layout the kernel writes them
-        out.zero_()
-        lse.fill_(float("-inf"))
-    num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], key_extent(k, block_table)
+    q, scale = with_positive_scale(q, scale)
+    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
+    *_, rows_q, heads_q, head_dim = q.shape
+    *_, heads_kv, value_dim = v.shape
     if num_seqs * rows_q == 0:
-        return out, lse, block_bits, counts
+        return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     num_splits = decoding.select_splits(q, k, block_table, skip_blocks is not None)
     if num_splits is not None:
         logger.debug("varlen_attention: decode kernel, %s splits", num_splits)
@@ -127,7 +129,7 @@ def _varlen_attention(
     logger.debug("varlen_attention: forward kernel, since %s", reason)
     tile = tile_of("forward", q, v, skip_blocks)
     with device_of(q):
-        wrap_triton(attention_forward_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+        args = (
             q, k, v, out, lse, b_start_loc, b_seq_len, start_k, length_k,
             b_seq_len if key_mask is None else key_mask, b_seq_len if block_table is None else block_table,
             lse if sinks is None else sinks,
@@ -136,15 +138,20 @@ def _varlen_attention(
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out), *lse_strides(lse),
             *mask_strides(key_mask), *leading_strides(block_table), *leading_strides(threshold),
             *leading_strides(block_bits),
-            GROUP_SIZE=q.shape[-2] // k.shape[-2], HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1],
-            BLOCK_D=block_dim(q.shape[-1]), BLOCK_DV=block_dim(v.shape[-1]),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            HAS_LEFT=window_left >= 0, HAS_RIGHT=right >= 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            IS_PACKED=is_packed, HAS_KEY_MASK=key_mask is not None, PAGING=paging(k, block_table, tile.block_n),
-            SKIP_SOFTMAX=skip_blocks is not None, VISIT_ORDER=VISIT_ORDERS.index(VISIT_ORDER),
-            LEAVES_SINGLE_ROWS=num_splits is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        constants = {
+            "GROUP_SIZE": heads_q // heads_kv, "HEAD_DIM": head_dim, "HEAD_DIM_V": value_dim,
+            "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(value_dim),
+            **tile_constants(tile), "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0,
+            "HAS_SOFTCAP": softcap > 0.0, "HAS_SINKS": sinks is not None, "IS_PACKED": is_packed,
+            "HAS_KEY_MASK": key_mask is not None,
+            "PAGING": paging(k, block_table, tile.block_n if skip_blocks is None else skip_softmax_block_k),
+            "SKIP_SOFTMAX": skip_blocks is not None, "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_softmax_block_k,
+            "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER),
+            "LEAVES_SINGLE_ROWS": num_splits is not None,
+        }  # fmt: skip
+        programs = clearing_grid(num_seqs, rows_q, tile.block_m, heads_q, is_packed)
+        launch_kernel(attention_forward_kernel, programs, args, constants)
     return out, lse, block_bits, counts
 
 
@@ -206,16 +213,13 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
+    # full attention, too, has a window on the right: the kernels without one compile into products that do not overlap
+    right = UNLIMITED if right < 0 else right
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
-    is_empty = num_seqs * rows_q * rows_k == 0
-    if is_packed or is_empty:
-        # rows that belong to no sequence; in the padded layout the kernels write them
-        for grad in (dq, dk, dv):
-            grad.zero_()
-    if is_empty:
-        return dq, dk, dv, _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
+    if num_seqs * rows_q * rows_k == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
     delta = torch.empty_like(lse)
     index = (
         b_start_loc, b_seq_len, start_k, length_k,
@@ -228,26 +232,30 @@ def _varlen_attention_backward(
     constants = {
         "GROUP_SIZE": q.shape[-2] // k.shape[-2], "HEAD_DIM": q.shape[-1], "HEAD_DIM_V": v.shape[-1],
         "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_DV": block_dim(v.shape[-1]),
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": softcap > 0.0,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": True, "HAS_SOFTCAP": softcap > 0.0,
         "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
         "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
         "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],
     }  # fmt: skip
     with device_of(q):
         tile = tile_of("dq", q, v, skip_blocks)
-        wrap_triton(attention_backward_dq_kernel)[grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)](
+        programs = clearing_grid(num_seqs, rows_q, tile.block_m, q.shape[-2], is_packed)
+        args = (
             q, k, v, out, lse, dout, lse if dlse is None else dlse, delta, dq, *index, *sizes,
             *strides_of(out), *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *dlse_strides(dlse),
-            *strides_of(dq), **constants, HAS_DLSE=dlse is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            *strides_of(dq),
+        )  # fmt: skip
+        launch_kernel(
+            attention_backward_dq_kernel, programs, args,
+            constants | tile_constants(tile) | {"HAS_DLSE": dlse is not None},
         )  # fmt: skip
         tile = tile_of("dkv", q, v, skip_blocks)
-        wrap_triton(attention_backward_dkv_kernel)[grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)](
+        programs = clearing_grid(num_seqs, rows_k, tile.block_n, k.shape[-2], is_packed)
+        dkv_args = (
             q, k, v, lse, dout, delta, dk, dv, *index, *sizes,
             *lse_strides(lse), *mask_strides(key_mask), *strides_of(dout), *strides_of(dk), *strides_of(dv),
-            **constants,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        launch_kernel(attention_backward_dkv_kernel, programs, dkv_args, constants | tile_constants(tile))
     return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
 
@@ -345,6 +353,41 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     if args[SINKS] is not None:
         grads[SINKS] = dsinks
     return tuple(grads)
+
+
+class _EagerAttention(torch.autograd.Function):
+    """What `register_autograd` makes of `_setup_context` and `_backward`, but for its search for defaults of arguments,
+    which takes longer than all the rest of a call."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.modelopt.varlen_attention(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _needs_grad(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`torch.ops.modelopt.varlen_attention`, given all its arguments, for less of the CPU's time in eager mode."""
+    op = torch.ops.modelopt.varlen_attention
+    if not _is_eager():
+        return op(*args)
+    if _needs_grad(args):
+        return _EagerAttention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _define_op(name: str, body: Any, fake: Callable) -> Any:

@@ -15,7 +15,7 @@ import itertools
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -74,35 +74,23 @@ def table_row(kernel: str, arch: str, head_dim: int, tile: Tile | None) -> Itera
         tiles[arch] = before
 
 
-class TimedLauncher:
-    """Stands in for a kernel: launches it between two events of a clock."""
-
-    def __init__(self, kernel: Any, clock: CudaClock, marks: list[tuple[Any, Any]]) -> None:
-        self.kernel, self.clock, self.marks = kernel, clock, marks
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            start = self.clock.start()
-            self.kernel[grid](*args, **kwargs)
-            self.marks.append((start, self.clock.stop()))
-
-        return launch
-
-
 @contextlib.contextmanager
 def timed_launches(name: str, clock: CudaClock) -> Iterator[list[tuple[Any, Any]]]:
     """The (start, stop) events of every launch of the kernel of this name."""
     marks: list[tuple[Any, Any]] = []
-    wrap = fa_ops.ops.wrap_triton
+    launch = fa_ops.ops.launch_kernel
 
-    def timed_wrap(kernel: Any) -> Any:
-        return TimedLauncher(kernel, clock, marks) if kernel.__name__ == name else wrap(kernel)
+    def timed_launch(kernel: Any, *call: Any) -> None:
+        start = clock.start()
+        launch(kernel, *call)
+        if kernel.__name__ == name:
+            marks.append((start, clock.stop()))
 
-    fa_ops.ops.wrap_triton = timed_wrap
+    fa_ops.ops.launch_kernel = timed_launch
     try:
         yield marks
     finally:
-        fa_ops.ops.wrap_triton = wrap
+        fa_ops.ops.launch_kernel = launch
 
 
 def compile_tile(job: tuple[str, str, int, Tile, Case]) -> None:

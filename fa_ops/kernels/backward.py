@@ -4,7 +4,7 @@ With P = exp(S - lse), and delta = rowsum(dO * O) - dlse (which is how a gradien
 
     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
 
-Tiles divide the blocks of skip-softmax (skip.py), and those in a dropped block are passed over.
+Tiles divide the blocks of skip-softmax (skip.py), and the loops run over those of kept blocks alone.
 A softcap multiplies dS by 1 - tanh^2. Sinks are in lse, and need nothing more for dQ, dK and dV.
 The dQ kernel runs first and leaves delta for the other. Rows that see no key (lse = -inf) take part in nothing.
 """
@@ -13,12 +13,15 @@ import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    CLEAR_ROWS,
     COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
     dot_rows,
+    fill_rows,
+    find_unowned,
     is_visible,
     key_range,
     load_own_rows,
@@ -27,12 +30,13 @@ from fa_ops.kernels.primitives import (
     query_range,
     scan_lengths,
     score_scales,
+    sees_keys,
     store_rows,
     tanh,
     tanh_derivative,
     wrap_rows,
 )
-from fa_ops.kernels.skip import first_tile, was_kept
+from fa_ops.kernels.skip import STEPS, first_tile, lowest_bit, pack_bits, was_kept
 
 
 @triton.jit
@@ -48,13 +52,13 @@ def _probabilities(s, lse, scale, IS_FLOAT32: tl.constexpr):
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
+    dq, q, dout, lse, delta, offs_m, n0, is_masked, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale, cap_scale,
     window_left, window_right, stride_kt, stride_vt, stride_ms,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq + dS K over the keys [n0, n0 + BLOCK_N)."""
+    """dq + dS K over the keys [n0, n0 + BLOCK_N); `is_masked` says whether a row does not see one, if MASKED."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -72,7 +76,7 @@ def _accumulate_dq(
     p = _probabilities(s, lse[:, None], scale, q.dtype == tl.float32)
     dp = dot_rows(dout, v)
     ds = p * (dp - delta[:, None]) * derivative
-    if MASKED:
+    if MASKED and is_masked:
         visible = is_visible(
             offs_m[:, None], n0 + offs_n[None, :], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
@@ -96,8 +100,16 @@ def attention_backward_dq_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
     SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Writes dq, as the forward writes out, and delta for the rows of sequences."""
+    """Grid as the forward's. Writes dq, as the forward writes out, and delta for the rows of sequences."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows_q)
+            fill_rows(dq_ptr, stride_dqt, stride_dqh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM, BLOCK_D)
+            return
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0
@@ -158,36 +170,45 @@ def attention_backward_dq_kernel(
     if SKIP_BLOCK_Q:
         tile_q = first_tile(b_seq_len_ptr, seq, rows_q, SKIP_BLOCK_Q, IS_PACKED) + m0 // SKIP_BLOCK_Q
         bits_row_ptr = block_bits_ptr + head * stride_bh + tile_q * stride_bt
-    if HAS_LEFT:
-        for n0 in tl.range(begin, full, BLOCK_N):
-            is_kept = True
-            if SKIP_BLOCK_Q:
-                is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
-            if is_kept:
+    if SKIP_BLOCK_Q:
+        PARTS: tl.constexpr = SKIP_BLOCK_K // BLOCK_N
+        for first_step in tl.range(begin // (STEPS * SKIP_BLOCK_K), tl.cdiv(end, STEPS * SKIP_BLOCK_K)):
+            blocks = first_step * STEPS + tl.arange(0, STEPS)
+            kept = was_kept(bits_row_ptr, blocks, blocks * SKIP_BLOCK_K < end)
+            steps = pack_bits(kept)
+            for part in tl.range(0, tl.sum(kept, 0) * PARTS):
+                n0 = (first_step * STEPS + lowest_bit(steps)) * SKIP_BLOCK_K + part % PARTS * BLOCK_N
+                steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
                 dq = _accumulate_dq(
-                    dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-                    cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                    dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k,
+                    k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                    stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    HAS_KEY_MASK, True,
                 )  # fmt: skip
-    for n0 in tl.range(full, full_end, BLOCK_N):
-        is_kept = True
-        if SKIP_BLOCK_Q:
-            is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
-        if is_kept:
+    elif HAS_LEFT:
+        # three loops would serialise wgmma
+        for n0 in tl.range(begin, end, BLOCK_N):
             dq = _accumulate_dq(
-                dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
+                dq, q, dout, lse, delta, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, True,
             )  # fmt: skip
-    for n0 in tl.range(full_end, end, BLOCK_N):
-        is_kept = True
-        if SKIP_BLOCK_Q:
-            is_kept = was_kept(bits_row_ptr, n0 // SKIP_BLOCK_K)
-        if is_kept:
+    else:
+        # two loops: a branch in the hot one costs it its scalar registers
+        for n0 in tl.range(begin, full_end, BLOCK_N):
             dq = _accumulate_dq(
-                dq, q, dout, lse, delta, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, scale,
-                cap_scale, window_left, window_right, stride_kt, stride_vt, stride_ms, HEAD_DIM, HEAD_DIM_V,
-                BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                dq, q, dout, lse, delta, offs_m, n0, False, start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, False,
+            )  # fmt: skip
+        for n0 in tl.range(full_end, end, BLOCK_N):
+            dq = _accumulate_dq(
+                dq, q, dout, lse, delta, offs_m, n0, True, start_k, len_q, len_k,
+                k_ptr, v_ptr, key_mask_ptr, scale, cap_scale, window_left, window_right, stride_kt, stride_vt,
+                stride_ms, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_KEY_MASK, True,
             )  # fmt: skip
 
     dq = tl.where(sees_key[:, None], dq * tl.cast(softmax_scale, tl.float32), 0.0)
@@ -200,11 +221,11 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _accumulate_dkv(
-    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale, cap_scale,
+    dk, dv, k, v, m0, is_masked, start_q, len_q, len_k, offs_n, q_ptr, dout_ptr, lse_ptr, delta_ptr, scale, cap_scale,
     window_left, window_right, stride_qt, stride_dot,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(dk + dS^T Q, dv + P^T dO) over the query rows [m0, m0 + BLOCK_M); all tiles have the keys as rows."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -219,7 +240,10 @@ def _accumulate_dkv(
     q = load_rows(q_ptr + row * stride_qt, stride_qt, offs_m, tl.arange(0, BLOCK_D), is_row, HEAD_DIM, BLOCK_D, MASKED)
     if MASKED:
         # a row that sees nothing may hold NaN in dout, and 0 * NaN is NaN
-        is_row = lse != float("-inf")
+        if HAS_KEY_MASK:
+            is_row = lse != float("-inf")
+        else:
+            is_row = sees_keys(m0 + offs_m, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     dout = load_rows(
         dout_ptr + row * stride_dot, stride_dot, offs_m, tl.arange(0, BLOCK_DV), is_row, HEAD_DIM_V, BLOCK_DV, MASKED
     )
@@ -231,7 +255,7 @@ def _accumulate_dkv(
     p = _probabilities(s, lse[None, :], scale, q.dtype == tl.float32)
     dp = dot_rows(v, dout)
     ds = p * (dp - delta[None, :]) * derivative
-    if MASKED:
+    if MASKED and is_masked:
         visible = is_visible(
             (m0 + offs_m)[None, :], offs_n[:, None], len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
@@ -256,8 +280,18 @@ def attention_backward_dkv_kernel(
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of keys, Hkv). The query heads of a group are summed by one program, in their order."""
+    """Grid (tiles of keys, Hkv), and if packed the programs that clear. The query heads of a group are summed by one
+    program, in their order."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_k, BLOCK_N) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_k_ptr, b_seq_len_k_ptr, num_seqs, rows_k)
+            fill_rows(dk_ptr, stride_dkt, stride_dkh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM, BLOCK_D)
+            fill_rows(dv_ptr, stride_dvt, stride_dvh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM_V, BLOCK_DV)
+            return
     seq, index, count = padded_tile(tile, rows_k, BLOCK_N)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0
@@ -311,40 +345,54 @@ def attention_backward_dkv_kernel(
         lse_head_ptr = lse_ptr + batch * stride_lb + head * stride_lh
         delta_head_ptr = delta_ptr + batch * stride_lb + head * stride_lh
         if SKIP_BLOCK_Q:
+            PARTS: tl.constexpr = SKIP_BLOCK_Q // BLOCK_M
             bits_ptr = block_bits_ptr + head * stride_bh + tile_q * stride_bt
-        if HAS_RIGHT:
-            for m0 in tl.range(begin, full, BLOCK_M):
-                is_kept = True
-                if SKIP_BLOCK_Q:
-                    is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
-                if is_kept:
+            for first_step in tl.range(begin // (STEPS * SKIP_BLOCK_Q), tl.cdiv(end, STEPS * SKIP_BLOCK_Q)):
+                blocks = first_step * STEPS + tl.arange(0, STEPS)
+                kept = was_kept(
+                    bits_ptr + blocks.to(tl.int64) * stride_bt, n0 // SKIP_BLOCK_K, blocks * SKIP_BLOCK_Q < end
+                )  # fmt: skip
+                steps = pack_bits(kept)
+                for part in tl.range(0, tl.sum(kept, 0) * PARTS):
+                    m0 = (first_step * STEPS + lowest_bit(steps)) * SKIP_BLOCK_Q + part % PARTS * BLOCK_M
+                    steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
                     dk, dv = _accumulate_dkv(
-                        dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                        dk, dv, k, v, m0, (m0 < full) | (m0 >= full_end), start_q, len_q, len_k, offs_n,
                         q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                         window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
                     )  # fmt: skip
-        for m0 in tl.range(full, full_end, BLOCK_M):
-            is_kept = True
-            if SKIP_BLOCK_Q:
-                is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
-            if is_kept:
+        elif BLOCK_D > 128:
+            # three loops would spill more registers
+            for m0 in tl.range(begin, end, BLOCK_M):
                 dk, dv = _accumulate_dkv(
-                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                    dk, dv, k, v, m0, (m0 < full) | (m0 >= full_end), start_q, len_q, len_k, offs_n,
                     q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                     window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
                 )  # fmt: skip
-        for m0 in tl.range(full_end, end, BLOCK_M):
-            is_kept = True
-            if SKIP_BLOCK_Q:
-                is_kept = was_kept(bits_ptr + m0 // SKIP_BLOCK_Q * stride_bt, n0 // SKIP_BLOCK_K)
-            if is_kept:
+        else:
+            if HAS_RIGHT:
+                for m0 in tl.range(begin, full, BLOCK_M):
+                    dk, dv = _accumulate_dkv(
+                        dk, dv, k, v, m0, True, start_q, len_q, len_k, offs_n,
+                        q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                        window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                        BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
+                    )  # fmt: skip
+            for m0 in tl.range(full, full_end, BLOCK_M):
                 dk, dv = _accumulate_dkv(
-                    dk, dv, k, v, m0, start_q, len_q, len_k, offs_n,
+                    dk, dv, k, v, m0, False, start_q, len_q, len_k, offs_n,
                     q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
                     window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
+                )  # fmt: skip
+            for m0 in tl.range(full_end, end, BLOCK_M):
+                dk, dv = _accumulate_dkv(
+                    dk, dv, k, v, m0, True, start_q, len_q, len_k, offs_n,
+                    q_head_ptr, dout_head_ptr, lse_head_ptr, delta_head_ptr, scale, cap_scale,
+                    window_left, window_right, stride_qt, stride_dot, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, True,
                 )  # fmt: skip
 
     # garbage only where no key is: each key is a row of its own in every product above

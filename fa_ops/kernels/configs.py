@@ -107,8 +107,8 @@ def select_tile(
 ) -> Tile:
     """The tile of `kernel` ("forward", "decode", "dq" or "dkv") on `arch` for these head dimensions.
 
-    With blocks of skip-softmax, (query rows, keys), the forward's tile is the block, on which it decides as a whole,
-    and the backward's are not larger.
+    With blocks of skip-softmax, (query rows, keys), the forward's tile has the rows of a block, and no tile is larger
+    than one.
     """
     widest = max(head_dim, head_dim_v)
     tile = INTERPRETER_TILE
@@ -123,5 +123,6 @@ def select_tile(
         return Tile(tile.block_m, block_k, 8 if is_large else 4, 1)
     if kernel != "forward":
         return tile._replace(block_m=min(tile.block_m, block_q), block_n=min(tile.block_n, block_k))
-    is_large = block_q * (block_dim(widest) + block_k) * (1 + is_float32) > 64 * 128
-    return Tile(block_q, block_k, 8 if is_large else 4, 1)
+    block_n = min(tile.block_n, block_k)
+    is_large = block_q * (block_dim(widest) + block_n) * (1 + is_float32) > 64 * 256
+    return Tile(block_q, block_n, 8 if is_large else 4, tile.num_stages)

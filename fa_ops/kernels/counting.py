@@ -18,7 +18,7 @@ from fa_ops.kernels.primitives import (
     load_rows,
     padded_tile,
     scan_lengths,
-    turn_queries,
+    score_scales,
 )
 from fa_ops.kernels.skip import load_log_threshold, row_margins, sees_block, visit
 
@@ -90,7 +90,7 @@ def count_kept_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     q = load_own_rows(q_ptr, stride_qt, start_q + m0, offs_tile, rows_q, offs_d, HEAD_DIM, BLOCK_D)
-    q, cap_scale, scale = turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP)
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     scale = tl.maximum(scale, 1e-30)  # 0 * -inf is NaN
 
     offs_t = tl.arange(0, BLOCK_TRIALS)

@@ -23,7 +23,7 @@ from fa_ops.kernels.primitives import (
     key_range,
     load_keys,
     load_rows,
-    turn_queries,
+    score_scales,
 )
 from fa_ops.kernels.skip import DECODE_SEGMENT, load_log_threshold, mark_kept, sees_block
 
@@ -97,7 +97,7 @@ def attention_decode_kernel(
     offs_m = offs_h * 0  # each head's row is the sequence's first
     q_ptr += batch * stride_qb + start_q * stride_qt + head_kv * GROUP_SIZE * stride_qh
     q = load_rows(q_ptr, stride_qh, offs_h, tl.arange(0, BLOCK_D), is_head, HEAD_DIM, BLOCK_D, True)
-    q, cap_scale, scale = turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP)
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     positive_scale = tl.maximum(scale, 1e-30)  # 0 * -inf is NaN
 
     begin, _, _, end = key_range(0, 1, len_k, window_left, window_right, 1, BLOCK_N, HAS_LEFT, HAS_RIGHT)

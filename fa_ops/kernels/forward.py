@@ -6,44 +6,64 @@ With scores S = scale * Q K^T, running maximum m and running sum l of a row over
 
 and at the end out = acc / l, lse = m + log(l). S and m are held unscaled, and all exponentials are base 2.
 A softcap replaces S by softcap * tanh(S / softcap); a sink is one more score of each row, and has no value.
-With skip-softmax (skip.py) a dropped block ends at its row maxima: no exponentials, no V, no product with it.
+With skip-softmax (skip.py) STEPS blocks at a time are first looked at: Q K^T and its row maxima decide which are
+dropped. Those that are kept follow as dense attention, with their maximum known: no exponentials, no V and no product
+with it for the others, and no branch around a product, which would keep loads and products from overlapping.
+
+One loop has all keys, and masks where it must: as loops of their own, the masked ends make ptxas serialise the products
+of sm_90 (C7515). Q goes from its load to the products: changed in between, it would be a register operand, which
+Triton loads again for every block.
 """
 
 import triton
 import triton.language as tl
 
 from fa_ops.kernels.primitives import (
+    CLEAR_ROWS,
     COUNTS,
     LOG2E,
     SCAN_BLOCK,
     add_dot,
     clamp_range,
     dot_rows,
+    fill_rows,
     find_keys,
+    find_unowned,
     is_visible,
     key_range,
     load_keys,
     load_own_rows,
     padded_tile,
     scan_lengths,
+    score_scales,
     store_rows,
     tanh,
-    turn_queries,
     wrap_rows,
 )
-from fa_ops.kernels.skip import load_log_threshold, mark_kept, row_margins, sees_block, visit
+from fa_ops.kernels.skip import (
+    STEPS,
+    load_log_threshold,
+    lowest_bit,
+    mark_kept,
+    pack_bits,
+    row_margins,
+    sees_block,
+    visit,
+)
+
+LOOK_TILES = tl.constexpr(2)  # of keys at a time, where scores are only looked at, which leaves room for more
 
 
 @triton.jit
-def _attend(
-    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
-    scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt, stride_ms,
+def _masked_scores(
+    q, offs_m, n0, is_masked, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
+    cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt, stride_ms,
     page_size, num_pages, stride_pn,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, MASKED: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, LOADS_V: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys [n0, n0 + BLOCK_N)."""
+    """(scores, values) of the keys [n0, n0 + BLOCK_N); without LOADS_V the keys stand for the values."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -51,13 +71,21 @@ def _attend(
     page, row = find_keys(block_table_ptr, start_k, n0, offs_n, is_key, page_size, num_pages, stride_pn, PAGING)
     if HAS_KEY_MASK:
         is_key = tl.load(key_mask_ptr + (row + offs_n) * stride_ms, mask=is_key, other=0) != 0
-    k = load_keys(k_ptr, stride_kb, stride_kt, page, row, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, MASKED, PAGING)
-    v = load_keys(v_ptr, stride_vb, stride_vt, page, row, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, MASKED, PAGING)
+    k = load_keys(k_ptr, stride_kb, stride_kt, page, row, offs_n, offs_d, is_key, HEAD_DIM, BLOCK_D, True, PAGING)
+    v = k
+    if LOADS_V:
+        v = load_keys(
+            v_ptr, stride_vb, stride_vt, page, row, offs_n, offs_dv, is_key, HEAD_DIM_V, BLOCK_DV, True, PAGING
+        )  # fmt: skip
     s = _scores(
         q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, MASKED,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
     )  # fmt: skip
-    return _accumulate(acc, l_i, m_i, s, tl.max(s, 1), v, scale, MASKED)
+    if is_masked:
+        s = _mask(
+            s, is_key, offs_m, n0 + offs_n, len_q, len_k, window_left, window_right, HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK
+        )  # fmt: skip
+    return s, v
 
 
 @triton.jit
@@ -92,66 +120,97 @@ def _attend_sparsely(
     block_table_ptr, bits_row_ptr, log_threshold, scale, cap_scale, window_left, window_right,
     stride_kb, stride_kt, stride_vb, stride_vt, stride_ms, page_size, num_pages, stride_pn,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, VISIT_ORDER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, VISIT_ORDER: tl.constexpr,
+    SKIP_BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the blocks in [begin, end) that are kept, and how many are visited and dropped."""
     if HAS_KEY_MASK:
         # skip.here since the blocks decide where block_bits are written (see primitives.py)
         while (begin < end) & (not sees_block(
             offs_m, begin, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+            SKIP_BLOCK_K, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip
-            begin += BLOCK_N
-        last = begin + tl.maximum(tl.cdiv(end - begin, BLOCK_N) - 1, 0) * BLOCK_N
+            begin += SKIP_BLOCK_K
+        last = begin + tl.maximum(tl.cdiv(end - begin, SKIP_BLOCK_K) - 1, 0) * SKIP_BLOCK_K
         while (last > begin) & (not sees_block(
             offs_m, last, start_k, len_q, len_k, key_mask_ptr, window_left, window_right, stride_ms,
-            BLOCK_N, HAS_LEFT, HAS_RIGHT,
+            SKIP_BLOCK_K, HAS_LEFT, HAS_RIGHT,
         )):  # fmt: skip
-            last -= BLOCK_N
-        end = tl.minimum(end, last + BLOCK_N)
-    offs_n = tl.arange(0, BLOCK_N)
+            last -= SKIP_BLOCK_K
+        end = tl.minimum(end, last + SKIP_BLOCK_K)
     m_first = m_i
     m_before = m_i
     num_visited = 0
     num_dropped = 0
     segment = -1
-    count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
-    for step in tl.range(0, count):
-        n0 = begin + visit(step, count, VISIT_ORDER) * BLOCK_N
-        is_key = n0 + offs_n < len_k
-        page, row = find_keys(block_table_ptr, start_k, n0, offs_n, is_key, page_size, num_pages, stride_pn, PAGING)
-        if HAS_KEY_MASK:
-            is_key = tl.load(key_mask_ptr + (row + offs_n) * stride_ms, mask=is_key, other=0) != 0
-        k = load_keys(
-            k_ptr, stride_kb, stride_kt, page, row, offs_n, tl.arange(0, BLOCK_D), is_key, HEAD_DIM, BLOCK_D, True,
-            PAGING,
-        )  # fmt: skip
-        s = _scores(
-            q, k, is_key, offs_m, n0 + offs_n, len_q, len_k, cap_scale, window_left, window_right,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, False,
-        )  # fmt: skip
-        if (n0 < full) | (n0 >= full_end):
-            s = _mask(
-                s, is_key, offs_m, n0 + offs_n, len_q, len_k, window_left, window_right,
-                HAS_LEFT, HAS_RIGHT, HAS_KEY_MASK,
+    count = tl.cdiv(tl.maximum(end - begin, 0), SKIP_BLOCK_K)
+    offs_step = tl.arange(0, STEPS)
+    LOOK_N: tl.constexpr = min(SKIP_BLOCK_K, LOOK_TILES * BLOCK_N)
+    LOOKS: tl.constexpr = SKIP_BLOCK_K // LOOK_N
+    PARTS: tl.constexpr = SKIP_BLOCK_K // BLOCK_N
+    for first_step in tl.range(0, count, STEPS):
+        has_vote = tl.zeros([BLOCK_M], tl.int32)
+        is_kept = has_vote
+        m_new = m_i
+        s_max = m_i
+        for look in tl.range(0, tl.minimum(count - first_step, STEPS) * LOOKS):
+            step = look // LOOKS
+            part = look - step * LOOKS
+            n_block = begin + visit(first_step + step, count, VISIT_ORDER) * SKIP_BLOCK_K
+            n0 = n_block + part * LOOK_N
+            s, _ = _masked_scores(
+                q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
+                block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
+                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LOOK_N,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, False,
             )  # fmt: skip
-        s_max = tl.max(s, 1)
-        margins, has_vote, m_before, m_first, segment = row_margins(
-            s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, num_visited == 0
-        )
-        is_visited = tl.max(has_vote.to(tl.int32), 0) != 0
-        is_kept = tl.max((has_vote & ((margins < log_threshold) == 0)).to(tl.int32), 0) != 0
-        num_visited += is_visited.to(tl.int32)
-        num_dropped += (is_visited & (is_kept == 0)).to(tl.int32)
-        if is_kept:
-            v = load_keys(
-                v_ptr, stride_vb, stride_vt, page, row, offs_n, tl.arange(0, BLOCK_DV), is_key, HEAD_DIM_V, BLOCK_DV,
-                True, PAGING,
+            s_max = tl.maximum(tl.max(s, 1), tl.where(part == 0, float("-inf"), s_max))
+            if part == LOOKS - 1:
+                margins, votes, m_before, m_first, segment = row_margins(
+                    s_max, offs_m, n_block, len_q, scale, m_before, m_first, segment, m_first == float("-inf")
+                )
+                has_vote |= votes.to(tl.int32) << step
+                is_kept |= (votes & ((margins < log_threshold) == 0)).to(tl.int32) << step
+                m_new = tl.maximum(m_new, s_max)
+        visited = tl.max((has_vote[:, None] >> offs_step[None, :]) & 1, 0)
+        kept = tl.max((is_kept[:, None] >> offs_step[None, :]) & 1, 0)
+        num_visited += tl.sum(visited, 0)
+        num_kept = tl.sum(kept, 0)
+        num_dropped += tl.sum(visited, 0) - num_kept
+        block = begin // SKIP_BLOCK_K + visit(first_step + offs_step, count, VISIT_ORDER)
+        mark_kept(bits_row_ptr, block, kept != 0)
+
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((m_i - m_finite) * (scale * LOG2E))
+        acc = acc * alpha[:, None]
+        l_i = l_i * alpha
+        m_i = m_new
+        steps = pack_bits(kept)
+        for part in tl.range(0, num_kept * PARTS):
+            n_block = begin + visit(first_step + lowest_bit(steps), count, VISIT_ORDER) * SKIP_BLOCK_K
+            n0 = n_block + part % PARTS * BLOCK_N
+            steps = tl.where(part % PARTS == PARTS - 1, steps & (steps - 1), steps)
+            s, v = _masked_scores(
+                q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr,
+                key_mask_ptr, block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb,
+                stride_vt, stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, True,
             )  # fmt: skip
-            acc, l_i, m_i = _accumulate(acc, l_i, m_i, s, s_max, v, scale, True)
-            mark_kept(bits_row_ptr, n0 // BLOCK_N)
+            p = _exponentials(s, m_finite, scale, v.dtype == tl.float32)
+            l_i += tl.sum(p, 1)
+            acc = add_dot(acc, p.to(v.dtype), v)
     return acc, l_i, m_i, num_visited, num_dropped
+
+
+@triton.jit
+def _exponentials(s, m, scale, IS_FLOAT32: tl.constexpr):
+    """exp(scale * (s - m)) of scores and the maxima of their rows."""
+    scale_log2 = scale * LOG2E
+    if IS_FLOAT32:
+        return tl.exp2((s - m[:, None]) * scale_log2)
+    else:
+        return tl.exp2(s * scale_log2 - (m * scale_log2)[:, None])
 
 
 @triton.jit
@@ -161,12 +220,8 @@ def _accumulate(acc, l_i, m_i, s, s_max, v, scale, MASKED: tl.constexpr):
     m_finite = m_new
     if MASKED:
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    scale_log2 = scale * LOG2E
-    if v.dtype == tl.float32:
-        p = tl.exp2((s - m_finite[:, None]) * scale_log2)
-    else:
-        p = tl.exp2(s * scale_log2 - (m_finite * scale_log2)[:, None])
-    alpha = tl.exp2((m_i - m_finite) * scale_log2)
+    p = _exponentials(s, m_finite, scale, v.dtype == tl.float32)
+    alpha = tl.exp2((m_i - m_finite) * (scale * LOG2E))
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = add_dot(acc * alpha[:, None], p.to(v.dtype), v)
     return acc, l_i, m_new
@@ -185,11 +240,20 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PAGING: tl.constexpr, SKIP_SOFTMAX: tl.constexpr,
-    VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
+    SKIP_BLOCK_K: tl.constexpr, VISIT_ORDER: tl.constexpr, LEAVES_SINGLE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of query rows, Hq). Packed: rows of no sequence are left as they are; padded: they are written.
-    LEAVES_SINGLE_ROWS: so are sequences of one row, which the decode kernel computes."""
+    """Grid (tiles of query rows, Hq), and if packed a program more for each CLEAR_ROWS rows, which clears those of no
+    sequence. LEAVES_SINGLE_ROWS: sequences of one row are left to the decode kernel."""
     tile = tl.program_id(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
+        if tile >= tiles:
+            row = ((tile - tiles).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CLEAR_ROWS
+            rows = row + tl.arange(0, CLEAR_ROWS)
+            is_unowned = find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows_q)
+            fill_rows(out_ptr, stride_ot, stride_oh, rows, is_unowned, tl.num_programs(1), 0.0, HEAD_DIM_V, BLOCK_DV)
+            fill_rows(lse_ptr, 1, stride_lh, rows, is_unowned, tl.num_programs(1), float("-inf"), 1, 1)
+            return
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     if IS_PACKED:
         seq, first, end, count = 0, 0, 0, 0
@@ -235,14 +299,15 @@ def attention_forward_kernel(
     is_row = offs_m < len_q
     first = start_q + m0
     q = load_own_rows(q_ptr, stride_qt, first, offs_tile, rows_q, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D)
-    q, cap_scale, scale = turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP)
+    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
     positive_scale = tl.maximum(scale, 1e-30)  # 0 * -inf is NaN
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    unit: tl.constexpr = SKIP_BLOCK_K if SKIP_SOFTMAX else BLOCK_N
     begin, full, full_end, end = key_range(
-        m0, len_q, len_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+        m0, len_q, len_k, window_left, window_right, BLOCK_M, unit, HAS_LEFT, HAS_RIGHT
     )
     if HAS_KEY_MASK:
         full_end = full
@@ -255,35 +320,21 @@ def attention_forward_kernel(
             acc, l_i, m_i, q, offs_m, begin, full, full_end, end, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
             block_table_ptr, bits_row_ptr, log_threshold, positive_scale, cap_scale, window_left, window_right,
             stride_kb, stride_kt, stride_vb, stride_vt, stride_ms, page_size, num_pages, stride_pn,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING,
-            VISIT_ORDER,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK,
+            PAGING, VISIT_ORDER, SKIP_BLOCK_K,
         )  # fmt: skip
         counts_ptr += batch * tl.num_programs(1) + head
-        tl.atomic_add(counts_ptr, num_visited.to(tl.int64))
-        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64))
+        tl.atomic_add(counts_ptr, num_visited.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64), sem="relaxed")
     else:
-        if HAS_LEFT:
-            for n0 in tl.range(begin, full, BLOCK_N):
-                acc, l_i, m_i = _attend(
-                    acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
-                    positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
-                    stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, True,
-                )  # fmt: skip
-        for n0 in tl.range(full, full_end, BLOCK_N):
-            acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
-                positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
-                stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, False,
-            )  # fmt: skip
-        for n0 in tl.range(full_end, end, BLOCK_N):
-            acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, offs_m, n0, start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr, block_table_ptr,
-                positive_scale, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
+        for n0 in tl.range(begin, end, BLOCK_N):
+            s, v = _masked_scores(
+                q, offs_m, n0, (n0 < full) | (n0 >= full_end), start_k, len_q, len_k, k_ptr, v_ptr, key_mask_ptr,
+                block_table_ptr, cap_scale, window_left, window_right, stride_kb, stride_kt, stride_vb, stride_vt,
                 stride_ms, page_size, num_pages, stride_pn, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_KEY_MASK, PAGING, True,
             )  # fmt: skip
+            acc, l_i, m_i = _accumulate(acc, l_i, m_i, s, tl.max(s, 1), v, positive_scale, True)
 
     m_i = tl.where(m_i == float("-inf"), m_i, m_i * scale)
     if HAS_SINKS:

@@ -290,8 +290,8 @@ def hopper_forward_kernel(
     HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), any number. The descriptors are ragged, for tiles (1, 1, 1, 64 or BLOCK_N, HEAD_DIM); out and
-    lse are contiguous; rows of no sequence are not written. There always is a window at the right, if need be so wide
-    that it hides nothing."""
+    lse are contiguous; rows of no sequence are `tile_list_kernel`'s. There always is a window at the right, if need be
+    so wide that it hides nothing."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)

@@ -19,6 +19,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SCAN_BLOCK = tl.constexpr(128)
+CLEAR_ROWS = tl.constexpr(64)
+CLEAR_SCAN = tl.constexpr(256)
+CLEAR_PART = tl.constexpr(16)
 PART = tl.constexpr(16)
 
 # Arguments that count something, and so differ from call to call: no kernel is compiled anew because one of them is 1
@@ -60,6 +63,39 @@ def scan_lengths(length, tile, seq, first, end, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def ranges_in_piece(seq, row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows):
+    """(begin, end) of sequences among the CLEAR_ROWS rows from `row` on, counted from there; equal if none."""
+    start = tl.load(b_start_loc_ptr + seq, mask=seq < num_seqs, other=0)
+    length = tl.load(b_seq_len_ptr + seq, mask=seq < num_seqs, other=0)
+    start, length = clamp_range(start, length, rows)
+    begin = tl.minimum(tl.maximum(start - row, 0), CLEAR_ROWS).to(tl.int32)
+    end = tl.minimum(tl.maximum(start + length - row, 0), CLEAR_ROWS).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
+def find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows):
+    """Which of the CLEAR_ROWS rows of a packed tensor from `row` on belong to no sequence; ranges may overlap. Of
+    CLEAR_SCAN sequences looks for those that have rows there, and then at the rows of CLEAR_PART of them at a time,
+    for which there are registers."""
+    offs = tl.arange(0, CLEAR_ROWS)
+    offs_seq = tl.arange(0, CLEAR_SCAN)
+    is_unowned = row + offs < rows
+    scanned = 0
+    while (scanned < num_seqs) & (tl.max(is_unowned.to(tl.int32), 0) != 0):
+        begin, end = ranges_in_piece(scanned + offs_seq, row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows)
+        first = scanned + tl.min(tl.where(begin < end, offs_seq, CLEAR_SCAN), 0)
+        last = scanned + tl.max(tl.where(begin < end, offs_seq, -1), 0)
+        for part in tl.range(first, last + 1, CLEAR_PART):
+            seq = part + tl.arange(0, CLEAR_PART)
+            own_begin, own_end = ranges_in_piece(seq, row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows)
+            is_owned = (own_begin[:, None] <= offs[None, :]) & (offs[None, :] < own_end[:, None])
+            is_unowned = is_unowned & (tl.max(is_owned.to(tl.int32), 0) == 0)
+        scanned += CLEAR_SCAN
+    return is_unowned
+
+
+@triton.jit
 def wrap_rows(first, offs, rows, IS_PACKED: tl.constexpr):
     """Offsets from the row `first` of a tile. Padded: rows past the batch row's end wrap to its begin, so that the
     tiles of a sequence cover each of the `rows` rows once, padding included."""
@@ -81,6 +117,18 @@ def is_visible(
     if HAS_RIGHT:
         visible = visible & (offs_n <= position + window_right)
     return visible
+
+
+@triton.jit
+def sees_keys(offs_m, len_q, len_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether a row sees a key of its sequence, holes aside."""
+    sees = offs_m < len_q
+    position = offs_m + (len_k - len_q)
+    if HAS_LEFT:
+        sees = sees & (position - window_left < len_k)
+    if HAS_RIGHT:
+        sees = sees & (position + window_right >= 0)
+    return sees
 
 
 @triton.jit
@@ -155,19 +203,6 @@ def score_scales(softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         cap_scale = scale / tl.cast(softcap, tl.float32)
         scale = tl.cast(softcap, tl.float32)
     return cap_scale, scale
-
-
-@triton.jit
-def turn_queries(q, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(q, cap_scale, scale) of `score_scales` with a scale that is not negative, which the sign of q makes up for: row
-    maxima are taken before scaling."""
-    cap_scale, scale = score_scales(softmax_scale, softcap, HAS_SOFTCAP)
-    if softmax_scale < 0:
-        q = -q
-        cap_scale = -cap_scale
-        if not HAS_SOFTCAP:
-            scale = -scale
-    return q, cap_scale, scale
 
 
 @triton.jit
@@ -258,3 +293,18 @@ def store_rows(base_ptr, stride_t, offs, offs_d, tile, row_mask, HEAD_DIM: tl.co
     """Stores a (rows, BLOCK_D) tile where `row_mask` is true."""
     ptrs = base_ptr + offs.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
     tl.store(ptrs, tile.to(base_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def fill_rows(
+    base_ptr, stride_t, stride_h, offs, is_row, heads,
+    VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Stores VALUE to all heads of the rows `offs`, of whom there are CLEAR_ROWS, where `is_row` is true."""
+    if tl.max(is_row.to(tl.int32), 0) != 0:
+        tile = tl.full([CLEAR_ROWS, BLOCK_D], VALUE, tl.float32)
+        for head in range(heads):
+            store_rows(
+                base_ptr + tl.cast(head, tl.int64) * stride_h, stride_t, offs, tl.arange(0, BLOCK_D), tile, is_row,
+                HEAD_DIM,
+            )  # fmt: skip

@@ -17,6 +17,7 @@ from fa_ops_meta import skip
 
 DECODE_SEGMENT = tl.constexpr(skip.DECODE_SEGMENT)
 BITS_PER_WORD = tl.constexpr(skip.BITS_PER_WORD)
+STEPS = tl.constexpr(32)  # whose decisions a program holds at a time, as the bits of an int32
 
 
 @triton.jit
@@ -58,8 +59,7 @@ def row_margins(s_max, offs_m, n0, len_q, scale, m_before, m_first, segment, is_
         segment = n0 // DECODE_SEGMENT
     margins = (s_max - m_before) * scale
     m_before = tl.maximum(m_before, tl.where(has_vote, s_max, float("-inf")))
-    if is_first:
-        m_first = m_before
+    m_first = tl.where(is_first, m_before, m_first)
     return margins, has_vote, m_before, m_first, segment
 
 
@@ -72,16 +72,30 @@ def load_log_threshold(ptr, mask=None):
 
 
 @triton.jit
-def mark_kept(row_ptr, block, mask=None):
-    """Sets the block's bit in the block_bits of its query tile; of those tiles, with a mask, where it is true."""
-    word = block // BITS_PER_WORD
-    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD), mask=mask)
+def pack_bits(flags):
+    """STEPS zeros and ones as the bits of an int64, the first the lowest."""
+    return tl.sum(flags.to(tl.int64) << tl.arange(0, STEPS), 0)
 
 
 @triton.jit
-def was_kept(row_ptr, block):
+def lowest_bit(word):
+    """The number of the lowest bit that is set in a positive integer."""
+    power = (word & -word).to(tl.uint32).to(tl.float32)
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def mark_kept(row_ptr, block, mask=None):
+    """Sets the block's bit in the block_bits of its query tile; of those tiles, with a mask, where it is true."""
+    word = block // BITS_PER_WORD
+    tl.atomic_or(row_ptr + word, tl.cast(1, tl.int32) << (block - word * BITS_PER_WORD), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def was_kept(row_ptr, block, mask):
+    """1 for a block that is kept, 0 for one that is not or outside of the mask; `row_ptr` and `block` broadcast."""
     word = block // BITS_PER_WORD  # no remainder: the interpreter knows none of an int by a constexpr
-    return (tl.load(row_ptr + word) >> (block - word * BITS_PER_WORD)) & 1 != 0
+    return (tl.load(row_ptr + word, mask=mask, other=0) >> (block - word * BITS_PER_WORD)) & 1
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""The list of tiles that a persistent kernel works through: a record each, written on the device from the lengths.
+"""The list of tiles that a persistent kernel works through: a record each, written on the device from the lengths. And
+the rows that such a kernel does not write, since no tile with blocks has them.
 
 A record says where a tile of BLOCK_M query rows lies and which blocks of BLOCK_N keys it sees, so that a kernel that
 reads it needs no search for its sequence and no rule of its own for the blocks.
@@ -7,7 +8,18 @@ reads it needs no search for its sequence and no rule of its own for the blocks.
 import triton
 import triton.language as tl
 
-from fa_ops.kernels.primitives import COUNTS, SCAN_BLOCK, clamp_range, key_range, padded_tile, scan_lengths
+from fa_ops.kernels.primitives import (
+    CLEAR_ROWS,
+    COUNTS,
+    SCAN_BLOCK,
+    clamp_range,
+    fill_rows,
+    find_unowned,
+    key_range,
+    padded_tile,
+    scan_lengths,
+    wrap_rows,
+)
 from fa_ops.kernels.skip import first_tile
 
 RECORD = tl.constexpr(16)  # int32 from one record to the next, of which FIELDS are in use
@@ -20,18 +32,33 @@ FIELDS = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=(*COUNTS, "batch_rows_q", "batch_rows_k", "batch_rows_v"))
+@triton.jit
+def _clear(out_ptr, lse_ptr, rows, is_row, rows_q, heads, HEAD_DIM: tl.constexpr):
+    """`rows` of out and lse, which are contiguous."""
+    fill_rows(out_ptr, heads * HEAD_DIM, HEAD_DIM, rows, is_row, heads, 0.0, HEAD_DIM, HEAD_DIM)
+    fill_rows(lse_ptr, 1, rows_q, rows, is_row, heads, float("-inf"), 1, 1)
+
+
+@triton.jit(do_not_specialize=(*COUNTS, "batch_rows_q", "batch_rows_k", "batch_rows_v", "heads"))
 def tile_list_kernel(
-    tiles_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
+    tiles_ptr, out_ptr, lse_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
     window_left, window_right, num_seqs, rows_q, rows_k, batch_rows_q, batch_rows_k, batch_rows_v,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    IS_PACKED: tl.constexpr, SKIP_BLOCK_Q: tl.constexpr,
+    heads, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr, SKIP_BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles,): as many as any lengths can ask for. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in
-    use; the last record begins with their number and with 0, where programs may count those that they take. A tile
-    without rows has no blocks. batch_rows are batch strides, in rows. SKIP_BLOCK_Q is 0 without skip-softmax."""
+    """Grid (tiles,): as many as any lengths can ask for, and if packed a program more for each CLEAR_ROWS rows, which
+    clears those of no sequence. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in use; the last record
+    begins with their number and with 0, where programs may count those that they take. A tile without rows has no
+    blocks. batch_rows are batch strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q is 0 without skip-softmax."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
+    if IS_PACKED:
+        tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
+        if tile >= tiles:
+            row = (tile - tiles).to(tl.int64) * CLEAR_ROWS
+            is_unowned = find_unowned(row, b_start_loc_ptr, b_seq_len_ptr, num_seqs, rows_q)
+            _clear(out_ptr, lse_ptr, row + tl.arange(0, CLEAR_ROWS), is_unowned, rows_q, heads, HEAD_DIM)
+            return
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     used = tiles
     if IS_PACKED:
@@ -64,6 +91,15 @@ def tile_list_kernel(
     batch_row = 0
     if not IS_PACKED:
         batch_row = seq * rows_q
+        out_ptr += batch_row.to(tl.int64) * heads * HEAD_DIM
+        lse_ptr += batch_row.to(tl.int64) * heads
+    for part in tl.range(0, BLOCK_M, CLEAR_ROWS):
+        offs_m = m0 + part + tl.arange(0, CLEAR_ROWS)
+        is_bare = (offs_m < len_q) & (num_left + num_full + num_right == 0)
+        if not IS_PACKED:
+            is_bare = (is_bare | (offs_m >= len_q)) & (offs_m < rows_q)
+        rows = start_q + wrap_rows(start_q, offs_m, rows_q, IS_PACKED)
+        _clear(out_ptr, lse_ptr, rows, is_bare, rows_q, heads, HEAD_DIM)
     record_ptr = tiles_ptr + tile.to(tl.int64) * RECORD
     tl.store(record_ptr + 0, m0)
     tl.store(record_ptr + 1, len_q)

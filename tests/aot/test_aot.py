@@ -32,6 +32,8 @@ def find_faults(kernel: str, arch: str, dtype: str, report: Report) -> list[str]
     faults = []
     if report.shared > SHARED_MEMORY[arch]:
         faults.append(f"more shared memory than {SHARED_MEMORY[arch]} bytes")
+    if kernel in ("forward", "dq") and arch == "sm_90" and report.warnings:
+        faults.append("matrix instructions serialized")
     if kernel in ("forward", "decode", "combine") and dtype != "fp32":
         if report.spilled:
             faults.append("registers spilled")
@@ -58,6 +60,23 @@ def test_row(kernel: str, arch: str, dtype: str, head_dim: int):
     check(kernel, arch, select_tile(kernel, arch, head_dim, head_dim, dtype == "fp32"), dtype, head_dim)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sides"),
+    [
+        ("forward", ()),
+        ("forward", ("HAS_LEFT",)),
+        ("forward", ("HAS_LEFT", "HAS_RIGHT")),
+        ("dq", ("HAS_LEFT", "HAS_RIGHT")),
+    ],
+    ids=["forward-full", "forward-left", "forward-window", "dq-window"],
+)  # fmt: skip
+@pytest.mark.parametrize("head_dim", [128, *(pytest.param(size, marks=pytest.mark.slow) for size in (64, 256))])
+def test_matrix_instructions_of_sm_90_overlap(kernel: str, head_dim: int, sides: tuple[str, ...]):
+    """Those of causal attention are in test_row; the backward always has a right side."""
+    flags = {side: side in sides for side in ("HAS_LEFT", "HAS_RIGHT")}
+    check(kernel, "sm_90", select_tile(kernel, "sm_90", head_dim, head_dim, False), "bf16", head_dim, **flags)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_all_features_at_once(kernel: str, arch: str):
@@ -82,6 +101,7 @@ def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
     sizes = {"SKIP_BLOCK_Q": blocks[0], "SKIP_BLOCK_K": blocks[1]}
     report = compile_kernel(kernel, arch, tile, "bf16", 128, SKIP_SOFTMAX=True, **sizes)
     assert report.shared <= SHARED_MEMORY[arch]
+    assert not report.warnings
     assert MATRIX_INSTRUCTION[arch] in report.ptx or arch in ("sm_90", "sm_100")  # theirs take 64 rows at the least
 
 
@@ -123,6 +143,11 @@ def test_a_tile_too_big_is_found():
 def test_spilled_registers_are_found():
     with pytest.raises(AssertionError, match=r"registers spilled.*, [1-9]\d* bytes spilled"):
         check("forward", "sm_80", Tile(128, 64, 4, 1), "bf16", 128)
+
+
+def test_serialized_matrix_instructions_are_found():
+    report = Report(shared=0, registers=0, spilled=0, warnings=("C7515",), ptx="wgmma.mma_async")
+    assert find_faults("forward", "sm_90", "bf16", report) == ["matrix instructions serialized"]
 
 
 def test_a_missing_matrix_instruction_is_found():

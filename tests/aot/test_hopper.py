@@ -104,13 +104,17 @@ def test_sparse(head_dim: int):
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "padded"])
 def test_tile_list(is_packed: bool, index_dtype: str):
     constants = {
-        "BLOCK_M": 128, "BLOCK_N": 128, "HAS_LEFT": True, "HAS_RIGHT": True, "IS_PACKED": is_packed, "SKIP_BLOCK_Q": 64
+        "HEAD_DIM": 128, "BLOCK_M": 128, "BLOCK_N": 128, "HAS_LEFT": True, "HAS_RIGHT": True, "IS_PACKED": is_packed,
+        "SKIP_BLOCK_Q": 64,
     }  # fmt: skip
     signature = {
         name: "constexpr" if name in constants else f"*{index_dtype}" if name.startswith("b_") else "i32"
         for name in tile_list_kernel.arg_names
-    } | {"tiles_ptr": "*i32"}
-    report = compile_source(ASTSource(tile_list_kernel, signature, constants), "sm_90", num_warps=1)
+    } | {"tiles_ptr": "*i32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name.endswith("_ptr")}
+    report = compile_source(
+        ASTSource(tile_list_kernel, signature, constants, attrs), "sm_90", num_warps=hopper.TILE_LIST_WARPS
+    )
     assert report.spilled == 0
 
 

@@ -43,13 +43,13 @@ each_layout = pytest.mark.parametrize("is_padded", [False, True], ids=["packed",
 def launches(monkeypatch) -> Iterator[list]:
     """Holds an entry for each launch of the kernel, of which there must be one at least."""
     taken: list[None] = []
-    forward = hopper.forward
+    attend = hopper.attend
 
     def counted(*args):
         taken.append(None)
-        return forward(*args)
+        return attend(*args)
 
-    monkeypatch.setattr(hopper, "forward", counted)
+    monkeypatch.setattr(hopper, "attend", counted)
     yield taken
     assert taken
 

@@ -43,13 +43,13 @@ each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def launches(monkeypatch) -> Iterator[list]:
     """Holds an entry for each launch of the kernel, of which there must be one at least."""
     taken: list[None] = []
-    forward = hopper_sparse.forward
+    attend = hopper_sparse.attend
 
     def counted(*args):
         taken.append(None)
-        return forward(*args)
+        return attend(*args)
 
-    monkeypatch.setattr(hopper_sparse, "forward", counted)
+    monkeypatch.setattr(hopper_sparse, "attend", counted)
     yield taken
     assert taken
 

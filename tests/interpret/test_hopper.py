@@ -13,6 +13,7 @@ from fa_ops import hopper
 from fa_ops.kernels import hopper as kernels
 from fa_ops.kernels import tiles
 from fa_ops.kernels.configs import HOPPER_TILES, HopperTile
+from fa_ops_meta import outputs
 from tests.support.accuracy import AccuracyError, check_case, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile
@@ -217,6 +218,7 @@ def test_tile_list(seed: int):
         inputs.q,
         inputs.k,
         inputs.v,
+        *outputs.empty_forward(inputs.q, inputs.v),
         inputs.b_start_loc,
         inputs.b_seq_len,
         start_k,

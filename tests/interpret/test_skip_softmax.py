@@ -43,6 +43,17 @@ def test_accuracy_and_counts(seed: int):
     check_case(fa_ops.attention, drawn(seed))
 
 
+@pytest.mark.parametrize("block", [(64, 64), (16, 128), pytest.param((64, 128), marks=pytest.mark.slow)])
+def test_blocks_of_several_tiles(block: tuple[int, int]):
+    """A block holds more keys than a tile of the forward, and more rows than one of the backward."""
+    lens = {"lens_q": (block[0] + 6,), "lens_k": (4 * block[1] - 3,)}
+    case = small_case(**lens, heads_kv=1, group_size=1, skip_block=block, skip_share=0.4)
+    inputs = case.build()
+    assert 0.1 <= dropped_share(inputs) <= 0.9
+    assert torch.equal(counts_of(fa_ops.attention, inputs), counts_of(attention_reference, inputs))
+    check_case(fa_ops.attention, case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "is_covered"),

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fa_ops
+from fa_ops import ops
 from fa_ops.reference import attention_reference
 from tests.support.accuracy import ErrorPool, check_case, evaluate
 from tests.support.cases import Inputs
-from tests.support.problems import small_case
+from tests.support.problems import op_arguments, small_case
 
 OP = torch.ops.modelopt.varlen_attention
 LAYOUTS = {"packed": small_case(placement="gaps", seed=1), "padded": small_case(is_padded=True, key_mask="random")}
@@ -113,6 +114,28 @@ def test_rows_that_see_nothing_have_gradient_zero_whatever_arrives_there(case):
     assert (dq[~inputs.sees] == 0).all()
     for gradient in (dq, dk, dv):
         assert gradient.isfinite().all()
+
+
+@each_layout
+def test_the_op_has_the_same_autograd(case):
+    """fa_ops.attention comes to it by a way of its own, without gradients and with them."""
+    inputs = case.build()
+    arguments = op_arguments(inputs)[3:]
+
+    def gradients(attend) -> list[Tensor]:
+        tensors = leaves(inputs)
+        out, lse, block_bits, counts = attend(*tensors, *arguments)
+        assert [t.requires_grad for t in (out, lse, block_bits, counts)] == [True, True, False, False]
+        return [out, lse, *torch.autograd.grad((out, lse), tensors, (inputs.dout.nan_to_num(), torch.ones_like(lse)))]
+
+    for found, expected in zip(gradients(ops.attend), gradients(OP), strict=True):
+        assert torch.equal(found, expected)
+    with torch.no_grad():
+        for found, expected in zip(
+            ops.attend(*leaves(inputs), *arguments), OP(*leaves(inputs), *arguments), strict=True
+        ):
+            assert torch.equal(found, expected)
+            assert found.grad_fn is None
 
 
 def test_double_backward_raises():

@@ -228,13 +228,10 @@ def test_tuning_times_the_named_kernel_alone(bench, monkeypatch):
         def __init__(self, name):
             self.__name__ = name
 
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launched.append((self.__name__, grid, args, kwargs))
-
-    monkeypatch.setattr(ops, "wrap_triton", lambda kernel: kernel, raising=False)
+    monkeypatch.setattr(ops, "launch_kernel", lambda kernel, *call: launched.append((kernel.__name__, *call)))
     with bench.tune_portable.timed_launches("wanted", bench.timing.CpuClock()) as marks:
-        ops.wrap_triton(Kernel("wanted"))[2, 1](5, BLOCK_M=16)
-        ops.wrap_triton(Kernel("other"))[3,](6)
+        ops.launch_kernel(Kernel("wanted"), (2, 1), (5,), {"BLOCK_M": 16})
+        ops.launch_kernel(Kernel("other"), (3,), (6,), {})
     assert launched == [("wanted", (2, 1), (5,), {"BLOCK_M": 16}), ("other", (3,), (6,), {})]
     assert len(marks) == 1
 
