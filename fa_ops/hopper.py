@@ -36,8 +36,6 @@ def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
     if tier.TIER == "portable":
         return "FA_OPS_KERNEL is 'portable'"
-    if tier.TIER != "preview" and call and call[-1] is not None:  # the sparse kernel has not been run on a GPU yet
-        return f"FA_OPS_KERNEL is {tier.TIER!r}, with skip_softmax_threshold"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"{q.device} is not of sm_90"
     if _triton_version() not in TRITON_VERSIONS:

@@ -48,8 +48,8 @@ def tile_list_kernel(
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for, and if packed a program more for each CLEAR_ROWS rows, which
     clears those of no sequence. tiles (tiles + 1, RECORD) int32 holds FIELDS, of the tiles in use; the last record
-    begins with their number and with 0, where programs may count those that they take. A tile without rows has no
-    blocks. batch_rows are batch strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q: 0 without skipping."""
+    begins with their number and with 0, where programs count those that they take. A tile without rows has no blocks.
+    batch_rows are batch strides, in rows; out and lse are contiguous. SKIP_BLOCK_Q is 0 without skip-softmax."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     if IS_PACKED:

@@ -225,13 +225,14 @@ class _Program:
             return x
 
         return types.SimpleNamespace(
-            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
-            int32=torch.int32, constexpr=None, static_range=range, static_assert=_static_assert,
+            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
+            constexpr=None, static_range=range, static_assert=_static_assert,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
-            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None, atomic_add=self._add,
+            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             load=_load, store=_store,
+            atomic_add=self._add,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -246,7 +247,7 @@ class _Program:
         if layout == "barrier":
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
-            return _Shared(barriers if len(shape) == 2 else barriers[0])
+            return _Shared(barriers)
         return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else POISON, dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
