@@ -129,6 +129,7 @@ def _produce(
                     block = blocks + step
                     slot = block % K_STAGES
                     mbarrier.wait(k_empty.index(slot), ((block // K_STAGES) & 1) ^ 1)
+                    # before the first use of a slot nothing is written there: the guess may be wrong then, too
                     is_likely = _is_wanted(wanted_smem, slot)
                     n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
                     _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
