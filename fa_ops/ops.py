@@ -14,7 +14,7 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops, decoding, hopper
+from fa_ops import cpu_ops, decoding, hopper, hopper_backward
 from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
@@ -201,6 +201,16 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
+    reason = hopper_backward.refusal(
+        q, k, v, b_seq_len, scale, window_left, softcap, key_mask, skip_softmax_threshold
+    )  # fmt: skip
+    if reason is None:
+        logger.debug("varlen_attention_backward: sm_90 kernels")
+        dq, dk, dv, delta = hopper_backward.backward(
+            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, right, sinks is not None
+        )
+        return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+    logger.debug("varlen_attention_backward: portable kernels, since %s", reason)
     dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]

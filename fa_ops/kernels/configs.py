@@ -73,6 +73,12 @@ HOPPER_TILES = {
     256: HopperTile(64, 2, 2, 240, 24),
 }
 
+# by head dimension, for dQ and for dK and dV; the latter's warp groups have 64 keys, and their blocks query rows
+HOPPER_BACKWARD_TILES = {
+    64: (HopperTile(128, 4, 2, 240, 24), HopperTile(128, 4, 2, 240, 24)),
+    128: (HopperTile(128, 2, 2, 240, 24), HopperTile(64, 4, 2, 240, 24)),
+}
+
 
 def architecture(major: int, minor: int) -> str:
     """The row of the table for a compute capability: the newest that runs there within its shared memory."""

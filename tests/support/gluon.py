@@ -84,17 +84,18 @@ class _Descriptor:
     def read(self, coordinates: list[int]) -> Tensor:
         *outer, rows, width = self.block_type.shape
         bounds, strides = self.given.shape, self.given.strides
-        if any(n != 1 for n in outer) or coordinates[-1] != 0 or width != bounds[-1]:
+        first, end = coordinates[-1], min(coordinates[-1] + width, bounds[-1])
+        if any(n != 1 for n in outer) or first < 0:
             raise EmulationError(f"a block {self.block_type.shape} at {coordinates}")
         block = torch.zeros(self.block_type.shape, dtype=self.dtype)
         modulus = 2**64 // self.memory.element_size()
         for row in range(rows):
-            at = [*coordinates[:-2], coordinates[-2] + row, 0]
+            at = [*coordinates[:-2], coordinates[-2] + row, first]
             if all(0 <= c < bound for c, bound in zip(at, bounds, strict=True)):
                 address = sum(c * stride for c, stride in zip(at, strides, strict=True)) % modulus
-                if address + width > len(self.memory):
+                if address + end - first > len(self.memory):
                     raise EmulationError(f"element {address} of {len(self.memory)} is read, for coordinates {at}")
-                block[(0,) * len(outer) + (row,)] = self.memory[address : address + width]
+                block[(0,) * len(outer) + (row, slice(end - first))] = self.memory[address : address + end - first]
         return block
 
 
@@ -120,6 +121,12 @@ class _Shared:
 
     def permute(self, order) -> "_Shared":
         return _Shared(self.values.permute(order))
+
+    def load(self, layout: Any) -> Tensor:
+        return self.values.clone()
+
+    def store(self, values: Tensor) -> None:
+        self.values.copy_(values)
 
 
 class _Barrier:
@@ -171,6 +178,9 @@ class _Program:
 
     def namespace(self, names: dict[str, Any]) -> dict[str, Any]:
         """A module's globals with this program's language in place of Gluon's."""
+        for x in list(names.values()):
+            if isinstance(x, triton.JITFunction):  # of another module, it may be
+                names = x.fn.__globals__ | names
         names = {name: x.value if isinstance(x, triton.language.constexpr) else x for name, x in names.items()}
         names |= {
             "gl": self._language(),
@@ -206,12 +216,14 @@ class _Program:
             return x
 
         return types.SimpleNamespace(
-            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
+            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int32=torch.int32,
+            int64=torch.int64,
             constexpr=None, static_range=range,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            SwizzledSharedLayout=lambda *_, order: None, BlockedLayout=lambda *_: None,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
-            load=lambda pointer: int(pointer.memory[pointer.offset]), store=_store,
+            load=_load, store=_store,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
@@ -226,7 +238,7 @@ class _Program:
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
             return _Shared(barriers)
-        return _Shared(torch.full(shape, torch.nan, dtype=dtype))
+        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -(2**31), dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
         roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
@@ -316,11 +328,24 @@ class _Program:
         return values[0] if len(values) == 1 else values
 
 
+def _load(pointer: _Pointer, mask: Tensor | None = None, other: float | None = None) -> Any:
+    if mask is None:
+        return int(pointer.memory[pointer.offset])
+    values = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
+    _check_bounds(pointer.memory, pointer.offset[mask], "read")
+    values[mask] = pointer.memory[pointer.offset[mask]]
+    return values
+
+
+def _check_bounds(memory: Tensor, at: Tensor, what: str) -> None:
+    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(memory)):
+        raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(memory)} are {what}")
+
+
 def _store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
     value, mask, at = torch.broadcast_tensors(value, mask, pointer.offset)
     at = at[mask]
-    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(pointer.memory)):
-        raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(pointer.memory)} are written")
+    _check_bounds(pointer.memory, at, "written")
     pointer.memory[at] = value[mask]
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import torch
+
 from tests.support.cases import Case
 from tests.support.draw import MANY_ROWS, Profile, draw_case
 
@@ -24,3 +26,10 @@ def draw_supported(profile: Profile, seed: int) -> Case:
     if seed % 4 == 0 and case.head_dim <= 128:
         window_size = (seed * 7 % profile.max_len, seed % 7 * 20)
     return dataclasses.replace(case, is_causal=case.is_causal and seed % 8 != 4, window_size=window_size)
+
+
+def draw_many_backward(profile: Profile, count: int) -> list[Case]:
+    """As `draw_many`, of those that the backward kernels take: they know sinks, and no window_left."""
+    cases = draw_many(profile, 2 * count)
+    cases = [case for case in cases if case.window_size[0] < 0 and case.head_dim <= 128]
+    return [dataclasses.replace(case, has_sinks=n % 4 == 1 and case.dtype == torch.float16) for n, case in enumerate(cases[:count])]
