@@ -342,9 +342,9 @@ def _consume_queries(
         len_k = gl.load(record_ptr + 2)
         begin = gl.load(record_ptr + 3)
         num_left = gl.load(record_ptr + 4)
-        num_full = gl.load(record_ptr + 5)
-        num_right = gl.load(record_ptr + 6)
-        if num_left + num_full + num_right > 0:
+        # rows behind the sequence's end need no mask: their lse is +inf
+        num_whole = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
+        if num_left + num_whole > 0:
             offs_n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
             dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
             dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
@@ -361,7 +361,7 @@ def _consume_queries(
                         )  # fmt: skip
                         m0 += BLOCK_M
                         blocks += 1
-                for _ in range(num_full):
+                for _ in range(num_whole):
                     dk, dv = _add_queries(
                         dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n, m0,
                         len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
