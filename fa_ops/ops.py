@@ -39,6 +39,7 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
+    from fa_ops.kernels.backward_tiles import backward_tiles_kernel
     from fa_ops.kernels.configs import block_dim
     from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
@@ -375,8 +376,10 @@ if HAS_TRITON and not IS_INTERPRETED:
     # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
-    # Which opaque op the forward's body calls is in no kernel's source: one kernel of the sm_90 tier stands for it.
+    # Which opaque ops the bodies call is in no kernel's source: one kernel of each stands for it.
     _hopper_kernels = [] if tier.TIER == "portable" else [tile_list_kernel]
+    if tier.TIER == "preview":
+        _backward_kernels.append(backward_tiles_kernel)
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [
             attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,

@@ -1,9 +1,9 @@
-"""The backward for sm_90, deterministic: a kernel for dQ and one for dK and dV, without atomics; P is recomputed in both.
+"""The backward for sm_90, deterministic: a kernel for dQ, and one for dK and dV. P is recomputed in both.
 
-The equations are those of backward.py. Each kernel is persistent, one warp that copies and two or three warp groups of
-64 rows that compute, as in hopper.py. A warp group has a tile of 64 rows of its own and their gradient in registers:
-queries in the one kernel, keys in the other, where the scores are transposed, S^T = K Q^T. So P and dS are left operands
-as they come out of the products, and nothing of them passes through shared memory.
+The equations are those of backward.py. Each kernel is persistent, one warp that copies and two or three warp groups
+that compute, as in hopper.py. A warp group has 64 rows of its own and their gradient in registers: queries in the one
+kernel, keys in the other, where the scores are transposed, S^T = K Q^T. So P and dS are left operands as they come out
+of the products, and nothing of them passes through shared memory.
 
 A program works through the tiles t = program, program + programs, ... of (tile of the list, head); a tile's blocks are
 those of the other side that it sees, for each query head of the group where the tile is one of keys. Tiles without
@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa_ops.kernels import backward_tiles
-from fa_ops.kernels.hopper import LOG2E, ROWS, _column, _copy, _operand, _rows, is_visible
+from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _operand, _rows, is_visible
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
 
@@ -52,11 +52,19 @@ def _copy_terms(desc, row, head, slot, full, smem):
 
 
 @gluon.jit
+def _allocate_offs(BLOCK: gl.constexpr):
+    """The numbers from 0 in shared memory: what a mask adds to them would be kept in registers all along otherwise."""
+    smem = gl.allocate_shared_memory(gl.int32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    smem.store(gl.arange(0, BLOCK, gl.BlockedLayout([1], [32], [4], [0])))
+    return smem
+
+
+@gluon.jit
 def _produce_keys(
     shared, work, descs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Copies for dQ: Q and dO of a tile, and K and V of its blocks."""
-    q_smem, dout_smem, k_smem, v_smem, own_full, own_empty, full, empty = shared
+    q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
     tiles_ptr, num_tiles, heads, group_size = work
     q_desc, dout_desc, k_desc, v_desc = descs
     tiles = 0
@@ -90,7 +98,7 @@ def _produce_keys(
 
 @gluon.jit
 def _add_keys(
-    dq, q, dout, zeros, lse, delta, k_smem, v_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
+    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
     window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -102,7 +110,7 @@ def _add_keys(
     products = warpgroup_mma(dout, _rows(v_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[scores])
     if MASKED:
-        offs_n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        offs_n = n0 + offs_smem.load(gl.SliceLayout(0, s_layout))
         visible = is_visible(
             gl.expand_dims(offs_m, 1), gl.expand_dims(offs_n, 0), len_q, len_k, -1, window_right, False, HAS_RIGHT
         )  # fmt: skip
@@ -121,7 +129,7 @@ def _consume_keys(
     shared, work, numbers, inputs, dq_ptr, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    q_smem, dout_smem, k_smem, v_smem, own_full, own_empty, full, empty = shared
+    q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
     tiles_ptr, num_tiles, heads, group_size = work
     softmax_scale, window_right = numbers
     terms_ptr, terms_rows = inputs
@@ -154,23 +162,24 @@ def _consume_keys(
             tiles += 1
             for _ in range(num_full):
                 dq = _add_keys(
-                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
-                    window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES,
-                    HAS_RIGHT, False,
+                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                    len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, False,
                 )  # fmt: skip
                 n0 += BLOCK_N
                 blocks += 1
             for _ in range(num_right):
                 dq = _add_keys(
-                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
-                    window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES,
-                    HAS_RIGHT, True,
+                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                    len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, True,
                 )  # fmt: skip
                 n0 += BLOCK_N
                 blocks += 1
             mbarrier.arrive(own_empty.index(CONSUMER))
+            # read again rather than kept in registers
+            m0 = gl.load(record_ptr) + CONSUMER * ROWS
+            len_q = gl.load(record_ptr + 1)
             row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
-            _store_rows(dq_ptr, dq * softmax_scale, row, m0, len_q, head, heads, out_layout, HEAD_DIM)
+            _store_rows(dq_ptr, dq * softmax_scale, row, m0, len_q, t % heads, heads, out_layout, HEAD_DIM)
 
 
 @gluon.jit
@@ -199,6 +208,7 @@ def hopper_dq_kernel(
     dout_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], dout_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    offs_smem = _allocate_offs(BLOCK_N)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     own_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     own_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
@@ -212,7 +222,7 @@ def hopper_dq_kernel(
         mbarrier.init(empty.index(slot), count=CONSUMERS)
     fence_async_shared()
 
-    shared = (q_smem, dout_smem, k_smem, v_smem, own_full, own_empty, full, empty)
+    shared = (q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty)
     work = (tiles_ptr, num_tiles, heads, group_size)
     descs = (q_desc, dout_desc, k_desc, v_desc)
     numbers = (softmax_scale, window_right)
@@ -355,16 +365,16 @@ def _consume_queries(
                 if HAS_RIGHT:
                     for _ in range(num_left):
                         dk, dv = _add_queries(
-                            dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n, m0,
-                            len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
+                            dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
+                            m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
                             HAS_RIGHT, True,
                         )  # fmt: skip
                         m0 += BLOCK_M
                         blocks += 1
                 for _ in range(num_whole):
                     dk, dv = _add_queries(
-                        dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n, m0,
-                        len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
+                        dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
+                        m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
                         HAS_RIGHT, False,
                     )  # fmt: skip
                     m0 += BLOCK_M
@@ -388,15 +398,14 @@ def hopper_dkv_kernel(
 ):  # fmt: skip
     """Grid (programs,), any number. The descriptors are ragged, for tiles of BLOCK_M rows (q, dout) or 64 (k, v);
     terms_desc reads BLOCK_M numbers of a row of (2 Hq, terms_rows), in which `row_terms_kernel` writes lse and delta.
-    `heads` are those of the keys. dk and dv are contiguous, and hold 0: rows of tiles without blocks are not written."""
+    `heads` are those of the keys. dk and dv are contiguous, and hold 0: tiles without blocks are not written."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], v_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [STAGES, 1, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
     terms_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], terms_desc.layout)
-    offs_smem = gl.allocate_shared_memory(gl.int32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    offs_smem.store(gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0])))
+    offs_smem = _allocate_offs(BLOCK_M)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     own_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     own_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)

@@ -30,6 +30,12 @@ def draw_supported(profile: Profile, seed: int) -> Case:
 
 def draw_many_backward(profile: Profile, count: int) -> list[Case]:
     """As `draw_many`, of those that the backward kernels take: they know sinks, and no window_left."""
-    cases = draw_many(profile, 2 * count)
-    cases = [case for case in cases if case.window_size[0] < 0 and case.head_dim <= 128]
-    return [dataclasses.replace(case, has_sinks=n % 4 == 1 and case.dtype == torch.float16) for n, case in enumerate(cases[:count])]
+    cases = [case for case in draw_many(profile, 2 * count) if case.head_dim <= 128]
+    return [
+        dataclasses.replace(
+            case,
+            has_sinks=n % 4 == 1 and case.dtype == torch.float16,
+            window_size=(-1, n * 7 % 90 if n % 3 == 0 and not case.is_causal else -1),
+        )
+        for n, case in enumerate(cases[:count])
+    ]
