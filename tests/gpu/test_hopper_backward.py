@@ -1,4 +1,4 @@
-"""The backward kernels for sm_90 on a GPU: results, races, hangs. They run with FA_OPS_KERNEL=preview in the environment.
+"""The backward kernels for sm_90 on a GPU: results, races, hangs. FA_OPS_KERNEL=preview in the environment runs them.
 
 A kernel that hangs cannot be interrupted, so a test that takes too long ends its process.
 """
