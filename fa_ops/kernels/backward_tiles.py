@@ -48,7 +48,7 @@ def backward_tiles_kernel(
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for. tiles (tiles + 1, RECORD) int32 holds FIELDS of the tiles in
     use, of TILE query rows and their blocks of BLOCK keys, or OF_KEYS the other way round; the last record begins with
-    their number. A tile without rows has no blocks."""
+    their number, and with 0 to count those taken. A tile without rows has no blocks."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     rows = rows_q
@@ -72,6 +72,7 @@ def backward_tiles_kernel(
     if tile == tiles - 1:
         # only the last one has always scanned all lengths, or as many as there can be tiles of
         tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD, used)
+        tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD + 1, 0)
     if seq >= num_seqs:
         return
     start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)

@@ -5,10 +5,11 @@ that compute, as in hopper.py. A warp group has 64 rows of its own and their gra
 kernel, keys in the other, where the scores are transposed, S^T = K Q^T. So P and dS are left operands as they come out
 of the products, and nothing of them passes through shared memory.
 
-A program works through the tiles t = program, program + programs, ... of (tile of the list, head); a tile's blocks are
-those of the other side that it sees, for each query head of the group where the tile is one of keys. Tiles without
-blocks are passed over, by all roles alike. So every role counts the same tiles and the same blocks since the kernel
-began, and these two counts, `tiles` and `blocks`, decide every slot and every phase:
+Programs take tiles by a counter, since which of them has a tile changes no result: the producer does, and tells the
+warp groups through `tile_smem`. Number t is (tile t // heads of the list, head t % heads). A tile's blocks are those of
+the other side that it sees, for each query head of the group where the tile is one of keys; tiles without blocks are
+not told of. So every role counts the same tiles and the same blocks since the kernel began, and these two counts,
+`tiles` and `blocks`, decide every slot and every phase:
 
     slot of block i: i % STAGES; its phase: i // STAGES % 2. Each consumer has one slot of rows, of phase tiles % 2.
 
@@ -18,6 +19,7 @@ began, and these two counts, `tiles` and `blocks`, decide every slot and every p
     own_empty[c] 1          consumer c is through with its tile's last block     producer, before the next tile's rows
     full[s]      n + bytes  the slot's block is there: K, V or Q, dO, lse, delta each consumer, before its products
     empty[s]     CONSUMERS  the products of each consumer with the block ended   producer, before the block after it
+    tile_full[s] 1          the number of tile i is there, s = i % 2             each consumer, before its tile
 
 Every wait for a phase is for the one that is running or for the one before it, as in hopper.py; and the producer asks
 for a block when consumers have only to end the block STAGES before it, all of which was asked for earlier.
@@ -54,22 +56,48 @@ def _copy_terms(desc, row, head, slot, full, smem):
 @gluon.jit
 def _allocate_offs(BLOCK: gl.constexpr):
     """The numbers from 0 in shared memory: what a mask adds to them would be kept in registers all along otherwise."""
-    smem = gl.allocate_shared_memory(gl.int32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    smem = gl.allocate_shared_memory(gl.int32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     smem.store(gl.arange(0, BLOCK, gl.BlockedLayout([1], [32], [4], [0])))
     return smem
 
 
 @gluon.jit
+def _allocate_tile_slots():
+    smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(full.index(slot), count=1)
+    return smem, full
+
+
+@gluon.jit
+def _give(t, tile_smem, tile_full, tiles):
+    """Tells the warp groups of the next tile and head, in the place of the last but one, which they have left."""
+    slot = tiles % 2
+    tile_smem.index(slot).store(gl.full([1], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(tile_full.index(slot))
+
+
+@gluon.jit
+def _take(tile_smem, tile_full, tiles):
+    slot = tiles % 2
+    mbarrier.wait(tile_full.index(slot), (tiles // 2) & 1)
+    return gl.max(tile_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _produce_keys(
-    shared, work, descs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
+    shared, tile_slots, work, descs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Copies for dQ: Q and dO of a tile, and K and V of its blocks."""
     q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
-    tiles_ptr, num_tiles, heads, group_size = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
     q_desc, dout_desc, k_desc, v_desc = descs
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         m0 = gl.load(record_ptr)
@@ -82,6 +110,7 @@ def _produce_keys(
         end_k = gl.load(record_ptr + 11)
         end_v = gl.load(record_ptr + 12)
         if num_blocks > 0:
+            _give(t, tile_smem, tile_full, tiles)
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(own_empty.index(c), (tiles & 1) ^ 1)
                 _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, own_full.index(c), q_smem.index(c))
@@ -94,6 +123,9 @@ def _produce_keys(
                 _copy(v_desc, end_v, len_k, n0, head // group_size, full.index(slot), v_smem.index(slot))
                 n0 += BLOCK_N
                 blocks += 1
+        # the warp groups still have blocks to go when this is asked for
+        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+    _give(t, tile_smem, tile_full, tiles)
 
 
 @gluon.jit
@@ -126,11 +158,12 @@ def _add_keys(
 
 @gluon.jit
 def _consume_keys(
-    shared, work, numbers, inputs, dq_ptr, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    shared, tile_slots, work, numbers, inputs, dq_ptr, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
-    tiles_ptr, num_tiles, heads, group_size = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
     softmax_scale, window_right = numbers
     terms_ptr, terms_rows = inputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -141,45 +174,45 @@ def _consume_keys(
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = _take(tile_smem, tile_full, tiles)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         m0 = gl.load(record_ptr) + CONSUMER * ROWS
         len_q = gl.load(record_ptr + 1)
         len_k = gl.load(record_ptr + 2)
         n0 = gl.load(record_ptr + 3)
-        num_left = gl.load(record_ptr + 4)
         num_full = gl.load(record_ptr + 5)
         num_right = gl.load(record_ptr + 6)
-        if num_left + num_full + num_right > 0:
-            offs_m = m0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-            first = gl.load(record_ptr + 8)
-            terms_ptrs = terms_ptr + gl.cast(head, gl.int64) * 2 * terms_rows + first + offs_m
-            lse = gl.load(terms_ptrs, mask=offs_m < len_q, other=float("inf"))
-            delta = gl.load(terms_ptrs + terms_rows, mask=offs_m < len_q, other=0.0)
-            dq = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-            mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
-            tiles += 1
-            for _ in range(num_full):
-                dq = _add_keys(
-                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
-                    len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, False,
-                )  # fmt: skip
-                n0 += BLOCK_N
-                blocks += 1
-            for _ in range(num_right):
-                dq = _add_keys(
-                    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
-                    len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, True,
-                )  # fmt: skip
-                n0 += BLOCK_N
-                blocks += 1
-            mbarrier.arrive(own_empty.index(CONSUMER))
-            # read again rather than kept in registers
-            m0 = gl.load(record_ptr) + CONSUMER * ROWS
-            len_q = gl.load(record_ptr + 1)
-            row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
-            _store_rows(dq_ptr, dq * softmax_scale, row, m0, len_q, t % heads, heads, out_layout, HEAD_DIM)
+        offs_m = m0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        first = gl.load(record_ptr + 8)
+        terms_ptrs = terms_ptr + gl.cast(head, gl.int64) * 2 * terms_rows + first + offs_m
+        lse = gl.load(terms_ptrs, mask=offs_m < len_q, other=float("inf"))
+        delta = gl.load(terms_ptrs + terms_rows, mask=offs_m < len_q, other=0.0)
+        dq = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
+        tiles += 1
+        for _ in range(num_full):
+            dq = _add_keys(
+                dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, False,
+            )  # fmt: skip
+            n0 += BLOCK_N
+            blocks += 1
+        for _ in range(num_right):
+            dq = _add_keys(
+                dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, True,
+            )  # fmt: skip
+            n0 += BLOCK_N
+            blocks += 1
+        mbarrier.arrive(own_empty.index(CONSUMER))
+        # read again rather than kept in registers
+        m0 = gl.load(record_ptr) + CONSUMER * ROWS
+        len_q = gl.load(record_ptr + 1)
+        row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
+        _store_rows(dq_ptr, dq * softmax_scale, row, m0, len_q, t % heads, heads, out_layout, HEAD_DIM)
+        t = _take(tile_smem, tile_full, tiles)
 
 
 @gluon.jit
@@ -220,19 +253,26 @@ def hopper_dq_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=2)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
+    tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
     shared = (q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty)
-    work = (tiles_ptr, num_tiles, heads, group_size)
+    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size)
     descs = (q_desc, dout_desc, k_desc, v_desc)
     numbers = (softmax_scale, window_right)
     inputs = (terms_ptr, terms_rows)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_keys, (shared, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-                (_consume_keys, (shared, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-                (_produce_keys, (shared, work, descs, BLOCK_N, STAGES, CONSUMERS)),
+                (
+                    _consume_keys,
+                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_keys,
+                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                ),
+                (_produce_keys, (shared, tile_slots, work, descs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -240,10 +280,19 @@ def hopper_dq_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_keys, (shared, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-                (_consume_keys, (shared, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-                (_consume_keys, (shared, work, numbers, inputs, dq_ptr, 2, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT)),
-                (_produce_keys, (shared, work, descs, BLOCK_N, STAGES, CONSUMERS)),
+                (
+                    _consume_keys,
+                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_keys,
+                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_keys,
+                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 2, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                ),
+                (_produce_keys, (shared, tile_slots, work, descs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -252,15 +301,17 @@ def hopper_dq_kernel(
 
 @gluon.jit
 def _produce_queries(
-    shared, work, descs, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
+    shared, tile_slots, work, descs, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Copies for dK and dV: K and V of a tile, and Q, dO, lse and delta of its blocks."""
     k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
-    tiles_ptr, num_tiles, heads, group_size = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
     q_desc, dout_desc, k_desc, v_desc, terms_desc = descs
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = gl.program_id(0)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head_kv = t % heads
         n0 = gl.load(record_ptr)
@@ -274,6 +325,7 @@ def _produce_queries(
         end_k = gl.load(record_ptr + 11)
         end_v = gl.load(record_ptr + 12)
         if num_blocks > 0:
+            _give(t, tile_smem, tile_full, tiles)
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(own_empty.index(c), (tiles & 1) ^ 1)
                 _copy(k_desc, end_k, len_k, n0 + c * ROWS, head_kv, own_full.index(c), k_smem.index(c))
@@ -289,6 +341,9 @@ def _produce_queries(
                     _copy_terms(terms_desc, first + m0, head, slot, full.index(slot), terms_smem)
                     m0 += BLOCK_M
                     blocks += 1
+        # the warp groups still have blocks to go when this is asked for
+        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+    _give(t, tile_smem, tile_full, tiles)
 
 
 @gluon.jit
@@ -330,11 +385,12 @@ def _load_term(smem, layout: gl.constexpr):
 
 @gluon.jit
 def _consume_queries(
-    shared, work, numbers, outputs, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    shared, tile_slots, work, numbers, outputs, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
-    tiles_ptr, num_tiles, heads, group_size = work
+    tile_smem, tile_full = tile_slots
+    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
     softmax_scale, window_right = numbers
     dk_ptr, dv_ptr = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -345,7 +401,8 @@ def _consume_queries(
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
     blocks = 0
-    for t in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+    t = _take(tile_smem, tile_full, tiles)
+    while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         n0 = gl.load(record_ptr) + CONSUMER * ROWS
         len_q = gl.load(record_ptr + 1)
@@ -354,38 +411,38 @@ def _consume_queries(
         num_left = gl.load(record_ptr + 4)
         # rows behind the sequence's end need no mask: their lse is +inf
         num_whole = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
-        if num_left + num_whole > 0:
-            offs_n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-            dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-            dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-            mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
-            tiles += 1
-            for _member in range(group_size):
-                m0 = begin
-                if HAS_RIGHT:
-                    for _ in range(num_left):
-                        dk, dv = _add_queries(
-                            dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
-                            m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
-                            HAS_RIGHT, True,
-                        )  # fmt: skip
-                        m0 += BLOCK_M
-                        blocks += 1
-                for _ in range(num_whole):
+        offs_n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
+        mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
+        tiles += 1
+        for _member in range(group_size):
+            m0 = begin
+            if HAS_RIGHT:
+                for _ in range(num_left):
                     dk, dv = _add_queries(
                         dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
                         m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
-                        HAS_RIGHT, False,
+                        HAS_RIGHT, True,
                     )  # fmt: skip
                     m0 += BLOCK_M
                     blocks += 1
-            mbarrier.arrive(own_empty.index(CONSUMER))
-            # read again rather than kept in registers
-            n0 = gl.load(record_ptr) + CONSUMER * ROWS
-            len_k = gl.load(record_ptr + 2)
-            row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
-            _store_rows(dk_ptr, dk * softmax_scale, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
-            _store_rows(dv_ptr, dv, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
+            for _ in range(num_whole):
+                dk, dv = _add_queries(
+                    dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
+                    m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
+                    HAS_RIGHT, False,
+                )  # fmt: skip
+                m0 += BLOCK_M
+                blocks += 1
+        mbarrier.arrive(own_empty.index(CONSUMER))
+        # read again rather than kept in registers
+        n0 = gl.load(record_ptr) + CONSUMER * ROWS
+        len_k = gl.load(record_ptr + 2)
+        row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
+        _store_rows(dk_ptr, dk * softmax_scale, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
+        _store_rows(dv_ptr, dv, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
+        t = _take(tile_smem, tile_full, tiles)
 
 
 @gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "window_right"))
@@ -417,19 +474,26 @@ def hopper_dkv_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=4)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
+    tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
     shared = (k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty)
-    work = (tiles_ptr, num_tiles, heads, group_size)
+    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size)
     descs = (q_desc, dout_desc, k_desc, v_desc, terms_desc)
     numbers = (softmax_scale, window_right)
     outputs = (dk_ptr, dv_ptr)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_queries, (shared, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT)),
-                (_consume_queries, (shared, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT)),
-                (_produce_queries, (shared, work, descs, BLOCK_M, STAGES, CONSUMERS)),
+                (
+                    _consume_queries,
+                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_queries,
+                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                ),
+                (_produce_queries, (shared, tile_slots, work, descs, BLOCK_M, STAGES, CONSUMERS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -437,10 +501,19 @@ def hopper_dkv_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_queries, (shared, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT)),
-                (_consume_queries, (shared, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT)),
-                (_consume_queries, (shared, work, numbers, outputs, 2, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT)),
-                (_produce_queries, (shared, work, descs, BLOCK_M, STAGES, CONSUMERS)),
+                (
+                    _consume_queries,
+                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_queries,
+                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                ),
+                (
+                    _consume_queries,
+                    (shared, tile_slots, work, numbers, outputs, 2, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                ),
+                (_produce_queries, (shared, tile_slots, work, descs, BLOCK_M, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
