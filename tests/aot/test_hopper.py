@@ -60,10 +60,10 @@ def find_faults(report: Report) -> list[str]:
 
 
 def arrivals_follow_barriers(ptx: str) -> bool:
-    """One thread arrives for its warp group, which must have come that far: another of its warps may still be reading
-    what the arrival gives away."""
-    steps = re.findall(r"bar\.sync|wgmma\.\w+|mbarrier\.try_wait|mbarrier\.arrive(?!\.expect_tx)", ptx)
-    return all(before == "bar.sync" for before, step in itertools.pairwise(steps) if step == "mbarrier.arrive")
+    """One thread arrives for its warp or warp group, which must have come that far: another may still be reading what
+    the arrival gives away."""
+    steps = re.findall(r"bar\.(?:warp\.)?sync|wgmma\.\w+|mbarrier\.try_wait|mbarrier\.arrive(?!\.expect_tx)", ptx)
+    return all(before.startswith("bar.") for before, step in itertools.pairwise(steps) if step == "mbarrier.arrive")
 
 
 def check(*configuration, **flags) -> None:
