@@ -90,7 +90,13 @@ EDGES = {
 
 
 @pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["causal", "full"])
-@pytest.mark.parametrize(("lens_q", "lens_k"), EDGES.values(), ids=EDGES.keys())
+@pytest.mark.parametrize(
+    ("lens_q", "lens_k"),
+    [
+        pytest.param(*lens, marks=pytest.mark.slow if n % 2 else (), id=name)
+        for n, (name, lens) in enumerate(EDGES.items())
+    ],
+)
 def test_edges(lens_q: tuple, lens_k: tuple | None, is_causal: bool, launches):
     case = small_case(lens_q=lens_q, lens_k=lens_k, is_causal=is_causal, heads_kv=1, **HALF)
     check_case(fa_ops.attention, case)
@@ -185,7 +191,13 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new"), FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param(*change, marks=pytest.mark.slow if n % 3 else (), id=name)
+        for n, (name, change) in enumerate(FAULTS.items())
+    ],
+)
 def test_faults_are_found(old: str, new: str, monkeypatch, tmp_path, launches):
     source = Path(kernels.__file__).read_text()
     assert source.count(old) == 1
