@@ -21,6 +21,7 @@ from torch import Tensor
 HANG_SECONDS = 20.0
 COPY_SECONDS = PRODUCT_SECONDS = 1e-3  # at most
 PAUSE_SECONDS = 1e-4  # before a wait, at most
+POISON = -(2**31)  # integers that nobody has written
 
 
 class EmulationError(AssertionError):
@@ -28,8 +29,7 @@ class EmulationError(AssertionError):
 
 
 class EmulatedKernel:
-    """`kernel[grid](...)` in Python; `module` is where its functions and their globals are. `copies` counts the copies
-    into shared memory of the last launch, from each descriptor in the order of the arguments."""
+    """`kernel[grid](...)` in Python; `module` is where its functions and their globals are."""
 
     def __init__(self, module: types.ModuleType, name: str, seed: int = 0):
         self.names, self.name, self.seed = dict(vars(module)), name, seed  # the module's own may be replaced by this
@@ -41,7 +41,6 @@ class EmulatedKernel:
                 emulated = _Program(program, grid[0], random.Random(f"{self.seed}-{program}"))
                 emulated.namespace(self.names)[self.name](*args, **constants)
                 emulated.check_end()
-            self.copies = [x.copies for x in args if isinstance(x, _Descriptor)]
 
         return run
 
@@ -74,7 +73,6 @@ class _Descriptor:
 
     def __init__(self, descriptor: Any):
         self.given = descriptor
-        self.copies = 0
         self.memory = _storage(descriptor.base)
         self.dtype = descriptor.base.dtype
         self.layout = None
@@ -119,17 +117,17 @@ class _Shared:
     def index(self, i: int) -> Any:
         return _Shared(self.values[i])
 
+    def load(self, layout) -> Tensor:
+        return self.values.clone()
+
+    def store(self, value: Tensor) -> None:
+        self.values.copy_(value)
+
     def reshape(self, shape) -> "_Shared":
         return _Shared(self.values.view(tuple(shape)))
 
     def permute(self, order) -> "_Shared":
         return _Shared(self.values.permute(order))
-
-    def store(self, value: Tensor) -> None:
-        self.values.copy_(value)
-
-    def load(self, layout: Any) -> Tensor:
-        return self.values.clone()
 
 
 class _Barrier:
@@ -178,33 +176,27 @@ class _Program:
         self.copies: list[threading.Thread] = []
         self.barriers: list[_Barrier] = []
         self.role = threading.local()
-        self.namespaces: dict[int, dict[str, Any]] = {}
-        self.language = self._language()
 
-    def namespace(self, given: dict[str, Any]) -> dict[str, Any]:
-        """A module's globals with this program's language in place of Gluon's, and so of the modules that its functions
-        come from."""
-        if id(given) in self.namespaces:
-            return self.namespaces[id(given)]
-        names = {name: x.value if isinstance(x, triton.language.constexpr) else x for name, x in given.items()}
-        self.namespaces[id(given)] = names
+    def namespace(self, names: dict[str, Any]) -> dict[str, Any]:
+        """A module's globals with this program's language in place of Gluon's."""
+        for x in list(names.values()):
+            if isinstance(x, triton.JITFunction):  # of another module, it may be
+                names = x.fn.__globals__ | names
+        names = {name: x.value if isinstance(x, triton.language.constexpr) else x for name, x in names.items()}
         names |= {
-            "gl": self.language, "tl": self.language,
+            "gl": self._language(),
             "mbarrier": types.SimpleNamespace(
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, arrive=self._arrive,
                 expect=self._expect,
             ),
             "tma": types.SimpleNamespace(async_copy_global_to_shared=self._copy),
             "warpgroup_mma": self._multiply,
-            "warpgroup_mma_init": lambda acc: acc,
             "warpgroup_mma_wait": self._wait_for_products,
             "fence_async_shared": lambda: None,
         }  # fmt: skip
         for name, x in list(names.items()):
             if isinstance(x, triton.JITFunction):
-                is_own = x.fn.__module__ == given["__name__"]
-                home = names if is_own else self.namespace(x.fn.__globals__)
-                names[name] = types.FunctionType(x.fn.__code__, home, name, x.fn.__defaults__)
+                names[name] = types.FunctionType(x.fn.__code__, names, name, x.fn.__defaults__)
         return names
 
     def check_end(self) -> None:
@@ -225,30 +217,28 @@ class _Program:
             return x
 
         return types.SimpleNamespace(
-            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
-            constexpr=None, static_range=range, static_assert=_static_assert,
+            float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
+            int32=torch.int32, constexpr=None, static_range=range,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
-            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None, atomic_add=_atomic_add,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             load=_load, store=_store,
-            atomic_add=self._add,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             convert_layout=same, cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
-            expand_dims=torch.unsqueeze, reshape=torch.reshape, where=_where, maximum=_maximum, minimum=min,
-            cdiv=lambda x, y: -(-x // y),
+            expand_dims=torch.unsqueeze, where=_where, maximum=_maximum,
             max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
-            exp2=torch.exp2, log=lambda x: torch.log(torch.as_tensor(x)),
+            exp2=torch.exp2, log=torch.log,
         )  # fmt: skip
 
     def _allocate(self, dtype: Any, shape: list[int], layout: Any) -> _Shared:
         if layout == "barrier":
             barriers = [_Barrier() for _ in range(shape[0])]
             self.barriers += barriers
-            return _Shared(barriers)
-        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype))
+            return _Shared(barriers if len(shape) == 2 else barriers[0])
+        return _Shared(torch.full(shape, torch.nan if dtype.is_floating_point else POISON, dtype=dtype))
 
     def _specialize(self, functions_and_args: list, warps: list[int], registers: list[int]) -> None:
         roles = [threading.Thread(target=self._play, args=role, daemon=True) for role in functions_and_args]
@@ -297,7 +287,6 @@ class _Program:
         self._arrive(barrier)
 
     def _copy(self, descriptor: _Descriptor, coordinates: list[int], barrier: _Shared, destination: _Shared) -> None:
-        descriptor.copies += 1
         destination.values.fill_(torch.nan)
         delay = self.rng.random() * COPY_SECONDS
 
@@ -315,12 +304,6 @@ class _Program:
 
         self.copies.append(threading.Thread(target=copy, daemon=True))
         self.copies[-1].start()
-
-    def _add(self, pointer: _Pointer, value: int, sem: str) -> int:
-        with self.changed:
-            before = pointer.memory[pointer.offset].item()
-            pointer.memory[pointer.offset] = before + value
-        return before
 
     def _products(self) -> list[_Product]:
         """Those that the role has issued and not waited for."""
@@ -345,17 +328,15 @@ class _Program:
         return values[0] if len(values) == 1 else values
 
 
-def _static_assert(condition: bool, message: str) -> None:
-    assert condition, message
-
-
 def _load(pointer: _Pointer, mask: Tensor | None = None, other: float | None = None) -> Any:
-    if not isinstance(mask, Tensor):
-        return pointer.memory[pointer.offset].item()
-    values = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
-    _check_bounds(pointer.memory, pointer.offset[mask], "read")
-    values[mask] = pointer.memory[pointer.offset[mask]]
-    return values
+    if mask is not None:
+        values = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
+        _check_bounds(pointer.memory, pointer.offset[mask], "read")
+        values[mask] = pointer.memory[pointer.offset[mask]]
+        return values
+    if not 0 <= pointer.offset < len(pointer.memory):
+        raise EmulationError(f"element {pointer.offset} of {len(pointer.memory)} is read")
+    return int(pointer.memory[pointer.offset])
 
 
 def _check_bounds(memory: Tensor, at: Tensor, what: str) -> None:
@@ -363,17 +344,21 @@ def _check_bounds(memory: Tensor, at: Tensor, what: str) -> None:
         raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(memory)} are {what}")
 
 
-def _store(pointer: _Pointer, value: Any, mask: Any) -> None:
-    value, mask, at = torch.broadcast_tensors(*map(torch.as_tensor, (value, mask, pointer.offset)))
+def _store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
+    value, mask, at = torch.broadcast_tensors(value, mask, pointer.offset)
     at = at[mask]
     _check_bounds(pointer.memory, at, "written")
-    if not value.is_floating_point():
-        value = value.to(pointer.memory.dtype)  # the widths of integers do not exist
     pointer.memory[at] = value[mask]
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+def _atomic_add(pointer: _Pointer, value: int, sem: str) -> int:
+    before = int(pointer.memory[pointer.offset])
+    pointer.memory[pointer.offset] += value
+    return before
+
+
+def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
+    return torch.where(condition, a, b)
 
 
 def _maximum(a: Any, b: Any) -> Any:
