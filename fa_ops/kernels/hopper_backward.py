@@ -16,10 +16,15 @@ not told of. So every role counts the same tiles and the same blocks since the k
     barrier      arrivals   completes when                                       who waits
     own_full[c]  2 + bytes  the rows of consumer c are in shared memory: Q, dO   consumer c, before its first block
                             or K, V
-    own_empty[c] 1          consumer c is through with its tile's last block     producer, before the next tile's rows
+    own_empty[c] 1          consumer c has Q and dO in registers, or is through  producer, before the next tile's rows
+                            with the last block that it needs K and V for
     full[s]      n + bytes  the slot's block is there: K, V or Q, dO, lse, delta each consumer, before its products
     empty[s]     CONSUMERS  the products of each consumer with the block ended   producer, before the block after it
     tile_full[s] 1          the number of tile i is there, s = i % 2             each consumer, before its tile
+
+For dQ, the scores and dP of a block run beside the product of dS of the block before it with its keys, which is why
+there are at least two slots; P and dS follow while that product is still running. For dK and dV, P follows beside dP,
+and dS beside P^T dO: registers do not allow for more.
 
 Every wait for a phase is for the one that is running or for the one before it, as in hopper.py; and the producer asks
 for a block when consumers have only to end the block STAGES before it, all of which was asked for earlier.
@@ -129,31 +134,43 @@ def _produce_keys(
 
 
 @gluon.jit
-def _add_keys(
-    dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
-    window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
+def _score_gradients(
+    s, dp, lse, delta, offs_smem, offs_m, n0, len_q, len_k, window_right, scale_log2,
+    s_layout: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr, NUM_BEHIND: gl.constexpr,
 ):  # fmt: skip
-    """dq + dS K over the keys [n0, n0 + BLOCK_N), of block `blocks`."""
-    slot = blocks % STAGES
-    mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
-    k = _rows(k_smem.index(slot))
-    scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    products = warpgroup_mma(dout, _rows(v_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[scores])
+    """dS of the key block at n0 from its scores S and the product dP, behind which NUM_BEHIND others are running."""
+    s = warpgroup_mma_wait(NUM_BEHIND + 1, deps=[s])
     if MASKED:
         offs_n = n0 + offs_smem.load(gl.SliceLayout(0, s_layout))
         visible = is_visible(
             gl.expand_dims(offs_m, 1), gl.expand_dims(offs_n, 0), len_q, len_k, -1, window_right, False, HAS_RIGHT
-        )  # fmt: skip
+        )
         s = gl.where(visible, s, float("-inf"))
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 1))
-    dp = warpgroup_mma_wait(0, deps=[products])
-    ds = _operand(p * (dp - gl.expand_dims(delta, 1)), out_layout, k_smem.dtype)
-    product = warpgroup_mma(ds, k, dq, is_async=True)
+    dp = warpgroup_mma_wait(NUM_BEHIND, deps=[dp])
+    return p * (dp - gl.expand_dims(delta, 1))
+
+
+@gluon.jit
+def _add_keys(
+    dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
+    window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, STAGES: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """(dq + dS K of the block before, dS) of the key block at n0, `blocks`."""
+    slot = blocks % STAGES
+    slot_before = (blocks + STAGES - 1) % STAGES
+    mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
+    scores = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    products = warpgroup_mma(dout, _rows(v_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    product = warpgroup_mma(ds, _rows(k_smem.index(slot_before)), dq, is_async=True)
+    ds_new = _score_gradients(
+        scores, products, lse, delta, offs_smem, offs_m, n0, len_q, len_k, window_right, scale_log2,
+        s_layout, HAS_RIGHT, MASKED, 1,
+    ).to(k_smem.dtype)  # fmt: skip
     dq, ds = warpgroup_mma_wait(0, deps=[product, ds])
-    mbarrier.arrive(empty.index(slot))
-    return dq
+    mbarrier.arrive(empty.index(slot_before))
+    return dq, _operand(ds_new, out_layout, k_smem.dtype)
 
 
 @gluon.jit
@@ -168,8 +185,7 @@ def _consume_keys(
     terms_ptr, terms_rows = inputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    q = _rows(q_smem.index(CONSUMER))
-    dout = _rows(dout_smem.index(CONSUMER))
+    operand: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
@@ -192,21 +208,41 @@ def _consume_keys(
         dq = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
         tiles += 1
-        for _ in range(num_full):
-            dq = _add_keys(
-                dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
-                len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, False,
+        # Q and dO are left operands in registers, so their place is free for those of the next tile
+        q = _rows(q_smem.index(CONSUMER)).load(operand)
+        dout = _rows(dout_smem.index(CONSUMER)).load(operand)
+        mbarrier.arrive(own_empty.index(CONSUMER))
+
+        slot = blocks % STAGES
+        mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
+        scores = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma(dout, _rows(v_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        ds = _score_gradients(
+            scores, products, lse, delta, offs_smem, offs_m, n0, len_q, len_k, window_right, scale_log2,
+            s_layout, HAS_RIGHT, True, 0,
+        )  # fmt: skip
+        ds = _operand(ds, out_layout, k_smem.dtype)
+        n0 += BLOCK_N
+        blocks += 1
+        if num_full == 0:
+            num_right -= 1
+        for _ in range(num_full - 1):
+            dq, ds = _add_keys(
+                dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                len_q, len_k, window_right, scale_log2, s_layout, out_layout, STAGES, HAS_RIGHT, False,
             )  # fmt: skip
             n0 += BLOCK_N
             blocks += 1
         for _ in range(num_right):
-            dq = _add_keys(
-                dq, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
-                len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_N, STAGES, HAS_RIGHT, True,
+            dq, ds = _add_keys(
+                dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+                len_q, len_k, window_right, scale_log2, s_layout, out_layout, STAGES, HAS_RIGHT, True,
             )  # fmt: skip
             n0 += BLOCK_N
             blocks += 1
-        mbarrier.arrive(own_empty.index(CONSUMER))
+        slot = (blocks + STAGES - 1) % STAGES
+        dq = warpgroup_mma(ds, _rows(k_smem.index(slot)), dq)
+        mbarrier.arrive(empty.index(slot))
         # read again rather than kept in registers
         m0 = gl.load(record_ptr) + CONSUMER * ROWS
         len_q = gl.load(record_ptr + 1)

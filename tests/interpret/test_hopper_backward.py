@@ -144,9 +144,16 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
         assert_same_bits(evaluate(fa_ops.attention, inputs), expected, f"with {programs} programs")
 
 
-@pytest.mark.parametrize("tile", [HopperTile(64, 1, 2, 240, 24), HopperTile(32, 3, 3, 160, 32)], ids=str)
-def test_other_tiles(tile: HopperTile, monkeypatch, launches):
-    monkeypatch.setitem(HOPPER_BACKWARD_TILES, 64, (tile, tile))
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (HopperTile(64, 2, 2, 240, 24), HopperTile(64, 1, 2, 240, 24)),
+        (HopperTile(32, 3, 3, 160, 32), HopperTile(32, 3, 3, 160, 32)),
+    ],
+    ids=["few_slots", "three_consumers"],
+)
+def test_other_tiles(tiles: tuple[HopperTile, HopperTile], monkeypatch, launches):
+    monkeypatch.setitem(HOPPER_BACKWARD_TILES, 64, tiles)
     check_case(fa_ops.attention, small_case(lens_q=(250, 65), heads_kv=1, **HALF))
     assert launches
 
@@ -154,8 +161,8 @@ def test_other_tiles(tile: HopperTile, monkeypatch, launches):
 # Changes to the source of the kernels, each of which must be found.
 FAULTS = {
     "keys_are_released_before_their_use": (
-        "    dq, ds = warpgroup_mma_wait(0, deps=[product, ds])\n    mbarrier.arrive(empty.index(slot))\n",
-        "    mbarrier.arrive(empty.index(slot))\n    dq, ds = warpgroup_mma_wait(0, deps=[product, ds])\n",
+        "    dq, ds = warpgroup_mma_wait(0, deps=[product, ds])\n    mbarrier.arrive(empty.index(slot_before))\n",
+        "    mbarrier.arrive(empty.index(slot_before))\n    dq, ds = warpgroup_mma_wait(0, deps=[product, ds])\n",
     ),
     "queries_are_released_before_their_use": (
         "    dv, dk, p_operand, ds = warpgroup_mma_wait(0, deps=[product_v, product_k, p_operand, ds])\n"
@@ -169,7 +176,7 @@ FAULTS = {
     "queries_are_released_twice": (
         "product_k, p_operand, ds])\n", "product_k, p_operand, ds])\n    mbarrier.arrive(empty.index(slot))\n"
     ),
-    "dp_is_not_waited_for": ("wait(0, deps=[products])", "wait(1, deps=[products])"),
+    "dp_is_not_waited_for": ("wait(NUM_BEHIND, deps=[dp])", "wait(NUM_BEHIND + 1, deps=[dp])"),
     "the_producer_of_keys_does_not_wait": (
         "                mbarrier.wait(empty.index(slot), ((blocks // STAGES) & 1) ^ 1)\n                _copy(k_desc",
         "                _copy(k_desc",
