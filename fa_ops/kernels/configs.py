@@ -73,7 +73,7 @@ HOPPER_TILES = {
     256: HopperTile(64, 2, 2, 240, 24),
 }
 
-# by head dimension: for dQ, with two slots or more; for dK and dV, where a warp group has 64 keys and blocks are of queries
+# by head dimension: for dQ, with two slots or more; for dK and dV, with 64 keys for a warp group and blocks of queries
 HOPPER_BACKWARD_TILES = {
     64: (HopperTile(64, 4, 2, 240, 24), HopperTile(128, 4, 2, 240, 24)),
     128: (HopperTile(64, 4, 2, 240, 24), HopperTile(64, 4, 2, 240, 24)),
