@@ -47,6 +47,7 @@ def unsupported(
         return f"head dimension {q.shape[-1]}"
     for name, is_used in (
         ("window_left", window_left >= 0),  # it would spill registers
+        ("key_mask", key_mask is not None),
         ("skip_softmax_threshold", threshold is not None),
     ):
         if is_used:
@@ -55,7 +56,7 @@ def unsupported(
     tiles = rows // 64 + num_seqs if k.dim() == 3 else (rows // 64 + 1) * num_seqs
     if tiles * max(k.shape[-2], 16) >= 2**31:  # as in hopper.py
         return "number of tiles"
-    return hopper.unsupported(q, k, v, b_seq_len, softmax_scale, window_left, softcap, None, key_mask, None, None)
+    return hopper.unsupported(q, k, v, b_seq_len, softmax_scale, window_left, softcap, None, None, None, None)
 
 
 def launch(
