@@ -34,13 +34,18 @@ _library.define(
 
 def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernel runs a call, which `unsupported` describes, instead; None if this one does."""
+    return device_refusal(q) or unsupported(q, *call)
+
+
+def device_refusal(q: Tensor) -> str | None:
+    """Why kernels for sm_90 do not run on q's device; None if they do."""
     if tier.TIER == "portable":
         return "FA_OPS_KERNEL is 'portable'"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"{q.device} is not of sm_90"
     if _triton_version() not in TRITON_VERSIONS:
         return f"Triton {_triton_version()} is none of {', '.join(TRITON_VERSIONS)}"
-    return unsupported(q, *call)
+    return None
 
 
 def unsupported(

@@ -14,7 +14,7 @@ import torch
 import torch._library.triton
 from torch import Tensor
 
-from fa_ops import cpu_ops, decoding, hopper, hopper_sparse
+from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse
 from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
@@ -41,6 +41,7 @@ from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
 
 if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
+    from fa_ops.kernels.backward_tiles import backward_tiles_kernel
     from fa_ops.kernels.configs import block_dim
     from fa_ops.kernels.decode import attention_combine_kernel, attention_decode_kernel
     from fa_ops.kernels.forward import attention_forward_kernel
@@ -217,6 +218,16 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
+    reason = hopper_backward.refusal(
+        q, k, v, b_seq_len, scale, window_left, softcap, key_mask, skip_softmax_threshold
+    )  # fmt: skip
+    if reason is None:
+        logger.debug("varlen_attention_backward: sm_90 kernels")
+        dq, dk, dv, delta = hopper_backward.attend(
+            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, right, sinks is not None
+        )
+        return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+    logger.debug("varlen_attention_backward: portable kernels, since %s", reason)
     # full attention, too, has a window on the right: the kernels without one compile into products that do not overlap
     right = UNLIMITED if right < 0 else right
     dq, dk, dv = outputs.empty_backward(q, k, v)
@@ -417,8 +428,10 @@ if HAS_TRITON and not IS_INTERPRETED:
     # AOTAutograd's cache key holds the source of the kernels, and of all that they call, of the ops in dynamo's graph.
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
-    # Which opaque op the forward's body calls is in no kernel's source: one kernel of the sm_90 tier stands for it.
+    # Which opaque ops the bodies call is in no kernel's source: one kernel of each stands for it.
     _hopper_kernels = [] if tier.TIER == "portable" else [tile_list_kernel]
+    if tier.TIER != "portable":
+        _backward_kernels.append(backward_tiles_kernel)
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [
             attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,

@@ -89,6 +89,12 @@ HOPPER_SPARSE_TILES = {
     256: HopperSparseTile(64, 3, 2, 240, 24),
 }
 
+# by head dimension: for dQ, with two slots or more; for dK and dV, with 64 keys for a warp group and blocks of queries
+HOPPER_BACKWARD_TILES = {
+    64: (HopperTile(64, 4, 2, 240, 24), HopperTile(128, 4, 2, 240, 24)),
+    128: (HopperTile(64, 4, 2, 240, 24), HopperTile(64, 4, 2, 240, 24)),
+}
+
 
 def architecture(major: int, minor: int) -> str:
     """The row of the table for a compute capability: the newest that runs there within its shared memory."""

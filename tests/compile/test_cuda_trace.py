@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from fa_ops import decoding, hopper, launching, ops
+from fa_ops import decoding, hopper, hopper_backward, launching, ops
 from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
@@ -149,4 +149,20 @@ def test_sm_90_is_one_opaque_op(is_padded: bool, an_imagined_gpu, monkeypatch):
     graph = trace(ops._varlen_attention, op_arguments(case.build()))
     (node,) = (node for node in graph.nodes if node.target is hopper.forward)
     assert [arg.op for arg in node.args[:7]] == ["placeholder"] * 7
+    assert not [node for node in graph.nodes if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["packed", "padded"])
+def test_the_backward_for_sm_90_is_one_opaque_op(is_padded: bool, an_imagined_gpu, monkeypatch):
+    monkeypatch.setattr(hopper_backward, "refusal", hopper_backward.unsupported)
+    case = small_case(
+        dtype=torch.bfloat16, head_dim=64, value_dim=64, is_padded=is_padded, lens_k=(6, 9), has_dlse=True
+    )
+    inputs = case.build()
+    arguments = op_arguments(inputs)
+    out, lse, block_bits, _ = torch.ops.modelopt.varlen_attention(*arguments)
+    gradients = inputs.dout, inputs.dlse, out, lse
+    graph = trace(ops._varlen_attention_backward, (*gradients, block_bits, *arguments))
+    (node,) = (node for node in graph.nodes if node.target is hopper_backward.backward)
+    assert [arg.op for arg in node.args[:11]] == ["placeholder"] * 11
     assert not [node for node in graph.nodes if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional]

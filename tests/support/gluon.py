@@ -88,17 +88,18 @@ class _Descriptor:
     def read(self, coordinates: list[int]) -> Tensor:
         *outer, rows, width = self.block_type.shape
         bounds, strides = self.given.shape, self.given.strides
-        if any(n != 1 for n in outer) or coordinates[-1] != 0 or width != bounds[-1]:
+        first, end = coordinates[-1], min(coordinates[-1] + width, bounds[-1])
+        if any(n != 1 for n in outer) or first < 0:
             raise EmulationError(f"a block {self.block_type.shape} at {coordinates}")
         block = torch.zeros(self.block_type.shape, dtype=self.dtype)
         modulus = 2**64 // self.memory.element_size()
         for row in range(rows):
-            at = [*coordinates[:-2], coordinates[-2] + row, 0]
+            at = [*coordinates[:-2], coordinates[-2] + row, first]
             if all(0 <= c < bound for c, bound in zip(at, bounds, strict=True)):
                 address = sum(c * stride for c, stride in zip(at, strides, strict=True)) % modulus
-                if address + width > len(self.memory):
+                if address + end - first > len(self.memory):
                     raise EmulationError(f"element {address} of {len(self.memory)} is read, for coordinates {at}")
-                block[(0,) * len(outer) + (row,)] = self.memory[address : address + width]
+                block[(0,) * len(outer) + (row, slice(end - first))] = self.memory[address : address + end - first]
         return block
 
 
@@ -349,17 +350,26 @@ def _static_assert(condition: bool, message: str) -> None:
     assert condition, message
 
 
-def _load(pointer: _Pointer, mask: Any = None, other: Any = None) -> Any:
+def _load(pointer: _Pointer, mask: Tensor | None = None, other: float | None = None) -> Any:
+    if isinstance(mask, Tensor):
+        values = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
+        _check_bounds(pointer.memory, pointer.offset[mask], "read")
+        values[mask] = pointer.memory[pointer.offset[mask]]
+        return values
     if not 0 <= pointer.offset < len(pointer.memory):
         raise EmulationError(f"element {pointer.offset} of {len(pointer.memory)} is read")
     return pointer.memory[pointer.offset].item()
 
 
+def _check_bounds(memory: Tensor, at: Tensor, what: str) -> None:
+    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(memory)):
+        raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(memory)} are {what}")
+
+
 def _store(pointer: _Pointer, value: Any, mask: Any) -> None:
     value, mask, at = torch.broadcast_tensors(*map(torch.as_tensor, (value, mask, pointer.offset)))
     at = at[mask]
-    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= len(pointer.memory)):
-        raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(pointer.memory)} are written")
+    _check_bounds(pointer.memory, at, "written")
     if not value.is_floating_point():
         value = value.to(pointer.memory.dtype)  # the widths of integers do not exist
     pointer.memory[at] = value[mask]

@@ -51,3 +51,17 @@ def _supported(case: Case) -> Case:
     if case.softmax_scale is not None and case.softmax_scale <= 0:
         case = dataclasses.replace(case, softmax_scale=None)
     return case
+
+
+def draw_many_backward(profile: Profile, count: int) -> list[Case]:
+    """As `draw_many`, of those that the backward kernels take: they know sinks, and no window_left."""
+    cases = [case for case in draw_many(profile, 2 * count) if case.head_dim <= 128]
+    return [
+        dataclasses.replace(
+            case,
+            key_mask=None,
+            has_sinks=n % 4 == 1 and case.dtype == torch.float16,
+            window_size=(-1, n * 7 % 90 if n % 3 == 0 and not case.is_causal else -1),
+        )
+        for n, case in enumerate(cases[:count])
+    ]

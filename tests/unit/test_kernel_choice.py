@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fa_ops import hopper
+from fa_ops import hopper, hopper_backward
 from fa_ops.kernels import tier
 from tests.support.problems import small_case
 
@@ -143,3 +143,32 @@ def test_device_and_version(monkeypatch):
     assert hopper.refusal(q) == "Triton 3.9 is none of 3.6, 3.7"
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
     assert hopper.refusal(q) == "cuda:0 is not of sm_90"
+
+
+def backward_refusal(q: torch.Tensor, **changes) -> str | None:
+    length = torch.empty(3, dtype=torch.int32, device="meta")
+    call = {"softmax_scale": 0.1, "window_left": -1, "softcap": 0.0, "key_mask": None, "threshold": None} | changes
+    return hopper_backward.unsupported(q, q, q, length, **call)
+
+
+def test_what_the_backward_kernels_take():
+    q = strided((3, 5, 2, 64), (640, 128, 64, 1))
+    assert backward_refusal(q) is None
+    assert backward_refusal(strided((5, 2, 256), (512, 256, 1))) == "head dimension 256"
+    assert backward_refusal(q.float()) == "dtype torch.float32"
+    for name, value, reason in (
+        ("window_left", 3, "window_left"),
+        ("softcap", 2.0, "softcap"),
+        ("key_mask", q[..., 0, 0] != 0, "key_mask"),
+        ("threshold", q, "skip_softmax_threshold"),
+        ("softmax_scale", -1.0, "softmax_scale"),
+    ):
+        assert backward_refusal(q, **{name: value}) == reason
+
+
+def test_when_the_backward_kernels_run(monkeypatch):
+    q = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
+    for choice, reason in (("portable", "FA_OPS_KERNEL is 'portable'"), ("auto", "cuda:0 is not of sm_90")):
+        monkeypatch.setattr(tier, "TIER", choice)
+        assert hopper_backward.refusal(q) == reason

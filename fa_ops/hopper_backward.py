@@ -1,0 +1,188 @@
+"""The backward kernels for sm_90: when they are taken, their opaque op, their launch. See hopper.py for the forward."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
+
+from fa_ops import hopper
+from fa_ops.launching import dlse_strides, grid, lse_strides, multi_processors, strides_of
+from fa_ops_meta import outputs
+
+if TYPE_CHECKING:
+    from fa_ops.kernels.configs import HopperTile
+
+HEAD_DIMS = (64, 128)
+
+_library = torch.library.Library("modelopt", "FRAGMENT")
+_library.define(
+    "_varlen_attention_sm90_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, float softmax_scale, "
+    "int window_right, bool has_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def refusal(q: Tensor, *call: Any) -> str | None:
+    """Why the portable kernels run a call, which `unsupported` describes, instead; None if these do."""
+    return hopper.device_refusal(q) or unsupported(q, *call)
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_seq_len: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    softcap: float,
+    key_mask: Tensor | None,
+    threshold: Tensor | None,
+) -> str | None:
+    """What of a call the kernels do not know, whatever the device; None if nothing. Sinks are in lse."""
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head dimension {q.shape[-1]}"
+    for name, is_used in (
+        ("window_left", window_left >= 0),  # it would spill registers
+        ("key_mask", key_mask is not None),
+        ("skip_softmax_threshold", threshold is not None),
+    ):
+        if is_used:
+            return name
+    rows, num_seqs = k.shape[-3], b_seq_len.shape[0]
+    tiles = rows // 64 + num_seqs if k.dim() == 3 else (rows // 64 + 1) * num_seqs
+    if tiles * max(k.shape[-2], 16) >= 2**31:  # as in hopper.py
+        return "number of tiles"
+    return hopper.unsupported(q, k, v, b_seq_len, softmax_scale, window_left, softcap, None, None, None)
+
+
+def launch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_start_loc: Tensor,
+    b_seq_len: Tensor,
+    b_start_loc_k: Tensor,
+    b_seq_len_k: Tensor,
+    softmax_scale: float,
+    window_right: int,
+    has_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, delta) of what `unsupported` lets through; index tensors are contiguous. delta is like lse, and has
+    no elements without sinks, whose gradient needs it."""
+    from fa_ops.kernels.backward_tiles import row_terms_kernel
+    from fa_ops.kernels.configs import HOPPER_BACKWARD_TILES
+    from fa_ops.kernels.hopper import ROWS
+    from fa_ops.kernels.hopper_backward import hopper_dkv_kernel, hopper_dq_kernel
+
+    dq, dk, dv = outputs.empty_backward(q, k, v)
+    for grad in (dq, dk, dv):
+        grad.zero_()
+    delta = _delta_without_keys(dlse, lse, has_sinks)
+    is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, b_seq_len.shape[0], q.shape[-3], k.shape[-3]
+    if num_seqs * rows_q * rows_k == 0:
+        return dq, dk, dv, delta
+    if hopper._unsupported_layout(dout) is not None:
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    q, k, v, dout = (hopper._for_copy_engine(t) for t in (q, k, v, dout))
+    heads, heads_kv, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    dq_tile, dkv_tile = HOPPER_BACKWARD_TILES[head_dim]
+    block = dkv_tile.block_n
+    index = b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k
+    with torch.cuda.device_of(q):
+        row_grid = grid(num_seqs, rows_q, block, heads, is_packed)
+        terms = torch.empty((2 * heads, row_grid[0] * block), dtype=torch.float32, device=q.device)
+        row_terms_kernel[row_grid](
+            out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, window_right,
+            num_seqs, rows_q, rows_k, terms.shape[1],
+            *strides_of(out), *lse_strides(lse), *strides_of(dout), *dlse_strides(dlse),
+            HEAD_DIM=head_dim, BLOCK=block, HAS_RIGHT=window_right >= 0, IS_PACKED=is_packed, HAS_DLSE=dlse is not None,
+            HAS_DELTA=has_sinks, num_warps=4,
+        )  # fmt: skip
+        lists = q, dout, k, v, index, window_right, block
+        tiles, bound = tile_list(*lists, ROWS.value * dq_tile.consumers, dq_tile.block_n, of_keys=False)
+        hopper_dq_kernel[(min(multi_processors(q.device), bound * heads),)](
+            *(hopper.ragged_descriptor(t, ROWS.value) for t in (q, dout)),
+            *(hopper.ragged_descriptor(t, dq_tile.block_n) for t in (k, v)),
+            terms, terms.shape[1], dq, tiles, bound, heads, heads // heads_kv, softmax_scale, window_right,
+            BLOCK_N=dq_tile.block_n, **_constants(dq_tile, head_dim, window_right), num_warps=4,
+        )  # fmt: skip
+        tiles, bound = tile_list(*lists, ROWS.value * dkv_tile.consumers, block, of_keys=True)
+        hopper_dkv_kernel[(min(multi_processors(q.device), bound * heads_kv),)](
+            *(hopper.ragged_descriptor(t, block) for t in (q, dout)),
+            *(hopper.ragged_descriptor(t, ROWS.value) for t in (k, v)),
+            terms_descriptor(terms, block), dk, dv, tiles, bound, heads_kv, heads // heads_kv,
+            softmax_scale, window_right,
+            BLOCK_M=block, **_constants(dkv_tile, head_dim, window_right), num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dv, delta
+
+
+def tile_list(
+    q: Tensor,
+    dout: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    window_right: int,
+    terms_block: int,
+    tile: int,
+    block: int,
+    of_keys: bool,
+) -> tuple[Tensor, int]:
+    """The tiles of a batch, as `backward_tiles_kernel` describes them, and how many there can be."""
+    from fa_ops.kernels.backward_tiles import RECORD, backward_tiles_kernel
+
+    is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, index[1].shape[0], q.shape[-3], k.shape[-3]
+    bound, _ = grid(num_seqs, rows_k if of_keys else rows_q, tile, 1, is_packed)
+    records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
+    backward_tiles_kernel[(bound,)](
+        records, *index, window_right, num_seqs, rows_q, rows_k, *(hopper._batch_rows(t) for t in (q, dout, k, v)),
+        TILE=tile, BLOCK=block, TERMS_BLOCK=terms_block, OF_KEYS=of_keys, HAS_RIGHT=window_right >= 0,
+        IS_PACKED=is_packed, num_warps=1,
+    )  # fmt: skip
+    return records, bound
+
+
+def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
+        "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
+        "HAS_RIGHT": window_right >= 0,
+    }  # fmt: skip
+
+
+def terms_descriptor(terms: Tensor, block: int) -> Any:
+    """What the copy engine needs to know of terms (2 Hq, rows) to read `block` numbers of a row."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(terms, list(terms.shape), list(terms.stride()), [1, block], layout)
+
+
+def _delta_without_keys(dlse: Tensor | None, lse: Tensor, has_sinks: bool) -> Tensor:
+    """delta of rows that see no key, whose out is 0; the kernel writes that of the others."""
+    if not has_sinks:
+        return lse.new_empty((0,))
+    return torch.zeros_like(lse) if dlse is None else torch.neg(dlse, out=torch.empty_like(lse))
+
+
+def _fake(dout, dlse, out, lse, q, k, v, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_sinks = arguments[-1]
+    return *outputs.empty_backward(q, k, v), torch.empty_like(lse) if has_sinks else lse.new_empty((0,))
+
+
+_library.impl("_varlen_attention_sm90_backward", launch, "CUDA")
+torch.library.register_fake("modelopt::_varlen_attention_sm90_backward", _fake, lib=_library)
+backward = torch.ops.modelopt._varlen_attention_sm90_backward.default
+
+
+def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`launch`, behind its opaque op where the body that calls it is traced."""
+    return backward(*args) if is_wrap_triton_enabled() else launch(*args)

@@ -1,0 +1,176 @@
+"""What the backward for sm_90 needs before it can start: its lists of tiles, and lse and delta in its own layout.
+
+Rows of a sequence that see no key come first in it, since it is its last row that stands at its last key. Here they are
+left out: `len_q` is the number of the rows behind them, and `m` counts these. Nothing changes in which keys a row sees.
+"""
+
+import triton
+import triton.language as tl
+
+from fa_ops.kernels.primitives import (
+    COUNTS,
+    LOG2E,
+    SCAN_BLOCK,
+    clamp_range,
+    key_range,
+    load_rows,
+    padded_tile,
+    query_range,
+    scan_lengths,
+)
+from fa_ops.kernels.skip import first_tile
+
+RECORD = tl.constexpr(16)  # int32 from one record to the next, of which FIELDS are in use
+FIELDS = (
+    "first", "len_q", "len_k",  # the tile's first row in its sequence; lengths
+    "begin", "num_left", "num_full", "num_right",  # where its blocks begin; how many are masked left, not, right
+    "row", "terms",  # of `first`, among all rows of a contiguous tensor; of the sequence's first query, in the terms
+    "end_q", "end_dout", "end_k", "end_v",  # as in tiles.py
+)  # fmt: skip
+
+
+@triton.jit
+def seeing_rows(len_q, len_k, window_right, HAS_RIGHT: tl.constexpr):
+    """How many rows of a sequence can see a key, its last ones."""
+    if HAS_RIGHT:
+        return tl.maximum(tl.minimum(len_q, len_k + window_right), 0)
+    else:
+        return len_q
+
+
+@triton.jit(do_not_specialize=(*COUNTS, "batch_rows_q", "batch_rows_dout", "batch_rows_k", "batch_rows_v"))
+def backward_tiles_kernel(
+    tiles_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
+    window_right, num_seqs, rows_q, rows_k,
+    batch_rows_q, batch_rows_dout, batch_rows_k, batch_rows_v,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TERMS_BLOCK: tl.constexpr, OF_KEYS: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles,): as many as any lengths can ask for. tiles (tiles + 1, RECORD) int32 holds FIELDS of the tiles in
+    use, of TILE query rows and their blocks of BLOCK keys, or OF_KEYS the other way round; the last record begins with
+    their number, and with 0 to count those taken. A tile without rows has no blocks."""
+    tile = tl.program_id(0)
+    tiles = tl.num_programs(0)
+    rows = rows_q
+    if OF_KEYS:
+        rows = rows_k
+    seq, index, count = padded_tile(tile, rows, TILE)
+    used = tiles
+    if IS_PACKED:
+        seq, first, end, count = 0, 0, 0, 0
+        scanned = 0
+        while (scanned < num_seqs) & (end <= tile):
+            offs = scanned + tl.arange(0, SCAN_BLOCK)
+            if OF_KEYS:
+                length = tl.load(b_seq_len_k_ptr + offs, mask=offs < num_seqs, other=0)
+            else:
+                length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
+            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows, TILE)
+            scanned += SCAN_BLOCK
+        index = tile - first
+        used = tl.minimum(end, tiles)
+    if tile == tiles - 1:
+        # only the last one has always scanned all lengths, or as many as there can be tiles of
+        tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD, used)
+        tl.store(tiles_ptr + tiles.to(tl.int64) * RECORD + 1, 0)
+    if seq >= num_seqs:
+        return
+    start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
+    start_k, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
+    end_q = start_q.to(tl.int32) + len_q
+    end_k = start_k.to(tl.int32) + len_k
+    len_q = seeing_rows(len_q, len_k, window_right, HAS_RIGHT)
+    # the tiles with the most blocks first
+    if OF_KEYS:
+        first_row = index * TILE
+        is_tile = first_row < len_k
+        row = end_k - len_k + first_row
+        begin, full, full_end, block_end = query_range(
+            first_row, len_q, len_k, -1, window_right, BLOCK, TILE, False, HAS_RIGHT
+        )
+    else:
+        first_row = (count - 1 - index) * TILE
+        is_tile = first_row < len_q
+        row = end_q - len_q + first_row
+        begin, full, full_end, block_end = key_range(
+            first_row, len_q, len_k, -1, window_right, TILE, BLOCK, False, HAS_RIGHT
+        )
+    num_left, num_full, num_right = 0, 0, 0
+    if is_tile:
+        num_left = tl.cdiv(tl.maximum(full - begin, 0), BLOCK)
+        num_full = tl.cdiv(tl.maximum(full_end - full, 0), BLOCK)
+        num_right = tl.cdiv(tl.maximum(block_end - full_end, 0), BLOCK)
+    if not IS_PACKED:
+        row += seq * rows
+    terms = first_tile(b_seq_len_ptr, seq, rows_q, TERMS_BLOCK, IS_PACKED).to(tl.int32) * TERMS_BLOCK
+    record_ptr = tiles_ptr + tile.to(tl.int64) * RECORD
+    tl.store(record_ptr + 0, first_row)
+    tl.store(record_ptr + 1, len_q)
+    tl.store(record_ptr + 2, len_k)
+    tl.store(record_ptr + 3, begin)
+    tl.store(record_ptr + 4, num_left)
+    tl.store(record_ptr + 5, num_full)
+    tl.store(record_ptr + 6, num_right)
+    tl.store(record_ptr + 7, row)
+    tl.store(record_ptr + 8, terms)
+    tl.store(record_ptr + 9, seq * batch_rows_q + end_q)
+    tl.store(record_ptr + 10, seq * batch_rows_dout + end_q)
+    tl.store(record_ptr + 11, seq * batch_rows_k + end_k)
+    tl.store(record_ptr + 12, seq * batch_rows_v + end_k)
+
+
+@triton.jit(do_not_specialize=(*COUNTS, "terms_rows"))
+def row_terms_kernel(
+    out_ptr, lse_ptr, dout_ptr, dlse_ptr, terms_ptr, delta_ptr,
+    b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
+    window_right, num_seqs, rows_q, rows_k, terms_rows,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lh, stride_dob, stride_dot, stride_doh,
+    stride_dlb, stride_dlh, stride_dlt,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr,
+    HAS_DLSE: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of BLOCK query rows, Hq). terms (Hq, 2, terms_rows) float32 holds BLOCK rows for each tile: lse times
+    log2(e), +inf where there is no row or it sees no key; and delta = rowsum(dO * O) - dlse, 0 there. HAS_DELTA: delta
+    is written where lse has the row, too."""
+    tile = tl.program_id(0)
+    seq, index, _ = padded_tile(tile, rows_q, BLOCK)
+    if IS_PACKED:
+        seq, first, end, count = 0, 0, 0, 0
+        scanned = 0
+        while (scanned < num_seqs) & (end <= tile):
+            offs = scanned + tl.arange(0, SCAN_BLOCK)
+            length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
+            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_q, BLOCK)
+            scanned += SCAN_BLOCK
+        index = tile - first
+    if seq >= num_seqs:
+        return
+    start_q, len_q = clamp_range(tl.load(b_start_loc_ptr + seq), tl.load(b_seq_len_ptr + seq), rows_q)
+    _, len_k = clamp_range(tl.load(b_start_loc_k_ptr + seq), tl.load(b_seq_len_k_ptr + seq), rows_k)
+    num_rows = seeing_rows(len_q, len_k, window_right, HAS_RIGHT)
+    m0 = index * BLOCK
+    if m0 >= num_rows:
+        return
+    first_row = start_q + len_q - num_rows + m0
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, HEAD_DIM)
+    is_row = m0 + offs < num_rows
+    head = tl.program_id(1).to(tl.int64)
+    batch = seq.to(tl.int64)
+    out_ptr += batch * stride_ob + head * stride_oh + first_row * stride_ot
+    dout_ptr += batch * stride_dob + head * stride_doh + first_row * stride_dot
+    out = load_rows(out_ptr, stride_ot, offs, offs_d, is_row, HEAD_DIM, HEAD_DIM, True)
+    dout = load_rows(dout_ptr, stride_dot, offs, offs_d, is_row, HEAD_DIM, HEAD_DIM, True)
+    lse_offs = batch * stride_lb + head * stride_lh + first_row + offs
+    lse = tl.load(lse_ptr + lse_offs, mask=is_row, other=float("-inf"))
+    sees_key = lse != float("-inf")
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        dlse_ptr += batch * stride_dlb + head * stride_dlh
+        delta -= tl.load(dlse_ptr + (first_row + offs) * stride_dlt, mask=sees_key, other=0.0)
+    delta = tl.where(sees_key, delta, 0.0)
+    if HAS_DELTA:
+        tl.store(delta_ptr + lse_offs, delta, mask=is_row)
+    terms_ptr += head * 2 * terms_rows + tile.to(tl.int64) * BLOCK
+    tl.store(terms_ptr + offs, tl.where(sees_key, lse * LOG2E, float("inf")))
+    tl.store(terms_ptr + terms_rows + offs, delta)
