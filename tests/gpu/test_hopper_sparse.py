@@ -1,7 +1,7 @@
 """Skip-softmax on sm_90 on a GPU: the oracle's blocks bit for bit, results, races, hangs.
 
-It does not run with FA_OPS_KERNEL=portable in the environment. A kernel that hangs cannot be interrupted, so a test that
-takes too long ends its process.
+It does not run with FA_OPS_KERNEL=portable in the environment. A kernel that hangs cannot be interrupted, so a test
+that takes too long ends its process.
 """
 
 import functools
