@@ -49,7 +49,7 @@ TILES: dict[tuple[str, bool], dict[str, tuple[Tile, Tile, Tile]]] = {
     ("forward", False): {
         "sm_80": (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
-        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        "sm_100": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         "sm_120": (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("dq", False): {
