@@ -37,7 +37,7 @@ def _draw_sparse(profile: Profile, seed: int, head_dim: int) -> Case:
     case = _supported(draw_skip_case(profile, seed, hopper.SKIP_BLOCKS[head_dim]))
     case = dataclasses.replace(case, window_size=(-1, case.window_size[1]))
     if case.is_padded and max(case.lens_q) == 1:
-        case = dataclasses.replace(case, is_padded=False, placement="gaps")
+        case = dataclasses.replace(case, is_padded=False, placement="gaps", key_mask=None)
     return case
 
 
