@@ -13,7 +13,7 @@ def test_values():
 
 @pytest.mark.parametrize("value", ["", "Preview", "fast"])
 def test_other_values_are_refused(value: str):
-    with pytest.raises(ValueError, match=r"FA_OPS_KERNEL: '.*' given .*; accepted are 'auto' and 'portable'"):
+    with pytest.raises(ValueError, match=r"FA_OPS_KERNEL: '.*' given .*; accepted are 'auto', 'portable', 'preview'"):
         read_tier({"FA_OPS_KERNEL": value})
 
 
