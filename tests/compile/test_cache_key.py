@@ -16,7 +16,7 @@ from fa_ops.kernels import primitives
 from tests.support.problems import small_case
 
 # modules of kernels that compiled programs do not hold: those behind opaque ops, and calibration's
-OPAQUE = ("counting", "hopper", "tiles")
+OPAQUE = ("backward_tiles", "counting", "hopper", "hopper_backward", "hopper_sparse", "tiles")
 
 
 def jit_functions() -> list[triton.JITFunction]:
@@ -47,6 +47,7 @@ def cached_source(fresh_compiler) -> str:
                 "attention_combine_kernel",
                 "attention_backward_dq_kernel",
                 "attention_backward_dkv_kernel",
+                "tile_list_kernel",  # for the opaque ops of sm_90
             },
         ),
         ("varlen_attention_backward", {"attention_backward_dq_kernel", "attention_backward_dkv_kernel"}),

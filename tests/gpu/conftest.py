@@ -35,6 +35,7 @@ class Summary:
             self.outcomes[report.outcome] += 1
         if report.failed:
             self.failures.append(report.nodeid)
+            print(f"\nFAILED {report.nodeid}", flush=True)  # now: a time limit may come before the end
         elif report.when == "call" and report.passed:
             self.accuracy_cases += dict(report.user_properties).get("accuracy_cases", 0)
 

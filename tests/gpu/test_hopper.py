@@ -4,8 +4,6 @@ It does not run with FA_OPS_KERNEL=portable in the environment. A kernel that ha
 that takes too long ends its process. `examples/benchmarks/hopper_check.py` goes first, from the smallest case up.
 """
 
-import itertools
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +18,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_many
+from tests.support.hopper import draw_launches, draw_many
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
 
@@ -103,23 +101,19 @@ def test_thousand_repeats(head_dim: int, is_padded: bool):
 @each_head_dim
 def test_ten_thousand_launches(head_dim: int):
     """Other lengths each time; each hundredth launch gives the bits that each sequence has alone."""
-    rng = random.Random(head_dim)
     rows, heads = 3000, 4
     q, k, v = torch.randn(3, rows, heads, head_dim, dtype=torch.bfloat16, device="cuda")
 
-    def attend(starts: list[int], lens: list[int], is_causal: bool) -> Tensor:
-        index = torch.tensor([starts, lens], device="cuda", dtype=torch.int32)
+    def attend(index: Tensor, is_causal: bool) -> Tensor:
         return fa_ops.attention(q, k, v, index[0], index[1], is_causal=is_causal)
 
-    for launch in range(10_000):
-        cuts = sorted(rng.sample(range(rows + 1), rng.randint(2, 12)))
-        starts, lens = cuts[:-1], [end - start for start, end in itertools.pairwise(cuts)]
-        is_causal = rng.random() < 0.5
-        out = attend(starts, lens, is_causal)
+    for launch, (starts, lens, is_causal, index) in enumerate(draw_launches(head_dim, rows, 10_000)):
+        out = attend(index, is_causal)
         if launch % 100 == 0:
-            for start, length in zip(starts, lens, strict=True):
+            for n, (start, length) in enumerate(zip(starts, lens, strict=True)):
                 own = slice(start, start + length)
-                assert torch.equal(out[own], attend([start], [length], is_causal)[own]), (launch, start, length)
+                alone = attend(index[:, n : n + 1], is_causal)
+                assert torch.equal(out[own], alone[own]), (launch, start, length)
     torch.cuda.synchronize()
 
 

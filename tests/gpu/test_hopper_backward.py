@@ -3,8 +3,6 @@
 A kernel that hangs cannot be interrupted, so a test that takes too long ends its process.
 """
 
-import itertools
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +17,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_many_backward
+from tests.support.hopper import draw_launches, draw_many_backward
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
 
@@ -115,25 +113,20 @@ def test_thousand_repeats(head_dim: int, is_padded: bool):
 @each_head_dim
 def test_thousands_of_launches(head_dim: int):
     """Other lengths each time; each fiftieth launch gives the bits that each sequence has alone."""
-    rng = random.Random(head_dim)
     rows, heads = 3000, 4
     q, k, v, dout = torch.randn(4, rows, heads, head_dim, dtype=torch.bfloat16, device="cuda")
 
-    def differentiate(starts: list[int], lens: list[int], is_causal: bool) -> tuple[Tensor, ...]:
-        index = torch.tensor([starts, lens], device="cuda", dtype=torch.int32)
+    def differentiate(index: Tensor, is_causal: bool) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         out = fa_ops.attention(*leaves, index[0], index[1], is_causal=is_causal)
         return torch.autograd.grad(out, leaves, dout)
 
-    for launch in range(3000):
-        cuts = sorted(rng.sample(range(rows + 1), rng.randint(2, 12)))
-        starts, lens = cuts[:-1], [end - start for start, end in itertools.pairwise(cuts)]
-        is_causal = rng.random() < 0.5
-        together = differentiate(starts, lens, is_causal)
+    for launch, (starts, lens, is_causal, index) in enumerate(draw_launches(head_dim, rows, 3000)):
+        together = differentiate(index, is_causal)
         if launch % 50 == 0:
-            for start, length in zip(starts, lens, strict=True):
+            for n, (start, length) in enumerate(zip(starts, lens, strict=True)):
                 own = slice(start, start + length)
-                alone = differentiate([start], [length], is_causal)
+                alone = differentiate(index[:, n : n + 1], is_causal)
                 for found, expected in zip(together, alone, strict=True):
                     assert torch.equal(found[own], expected[own]), (launch, start, length)
     torch.cuda.synchronize()

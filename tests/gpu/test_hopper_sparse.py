@@ -5,8 +5,6 @@ that takes too long ends its process.
 """
 
 import functools
-import itertools
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +18,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_sparse
+from tests.support.hopper import draw_launches, draw_sparse
 from tests.support.problems import op_arguments, small_case
 from tests.support.properties import assert_same_bits
 from tests.support.skip import oracle_bits
@@ -121,27 +119,23 @@ def test_thousand_repeats(head_dim: int, share: float):
 @each_head_dim
 def test_launches_of_other_lengths(head_dim: int):
     """A hang would show here. Each hundredth launch gives the bits that each sequence has alone."""
-    rng = random.Random(head_dim)
     rows, (block_q, block_k) = 3000, hopper.SKIP_BLOCKS[head_dim][0]
     q, k, v = torch.randn(3, rows, 4, head_dim, dtype=torch.bfloat16, device="cuda")
     threshold = torch.full((), 0.5, device="cuda")
 
-    def attend(starts: list[int], lens: list[int], is_causal: bool) -> torch.Tensor:
-        index = torch.tensor([starts, lens], device="cuda", dtype=torch.int32)
+    def attend(index: torch.Tensor, is_causal: bool) -> torch.Tensor:
         return fa_ops.attention(
             2 * q, k, v, index[0], index[1], is_causal=is_causal,
             skip_softmax_threshold=threshold, skip_softmax_block=(block_q, block_k),
         )  # fmt: skip
 
-    for launch in range(3000):
-        cuts = sorted(rng.sample(range(rows + 1), rng.randint(2, 12)))
-        starts, lens = cuts[:-1], [end - start for start, end in itertools.pairwise(cuts)]
-        is_causal = rng.random() < 0.5
-        out = attend(starts, lens, is_causal)
+    for launch, (starts, lens, is_causal, index) in enumerate(draw_launches(head_dim, rows, 3000)):
+        out = attend(index, is_causal)
         if launch % 100 == 0:
-            for start, length in zip(starts, lens, strict=True):
+            for n, (start, length) in enumerate(zip(starts, lens, strict=True)):
                 own = slice(start, start + length)
-                assert torch.equal(out[own], attend([start], [length], is_causal)[own]), (launch, start, length)
+                alone = attend(index[:, n : n + 1], is_causal)
+                assert torch.equal(out[own], alone[own]), (launch, start, length)
     torch.cuda.synchronize()
 
 

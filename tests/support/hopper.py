@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import random
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fa_ops import hopper
 from fa_ops.launching import IS_INTERPRETED
@@ -15,6 +18,17 @@ def draw_many(profile: Profile, count: int) -> list[Case]:
     """The first `count` Cases in which a maximum over the rows compares more than luck."""
     cases = (draw_supported(profile, seed) for seed in itertools.count())
     return list(itertools.islice((case for case in cases if max(case.lens_q, default=0) >= MANY_ROWS), count))
+
+
+def draw_launches(seed: int, rows: int, count: int) -> Iterator[tuple[list[int], list[int], bool, Tensor]]:
+    """(starts, lengths, is_causal, starts and lengths on the GPU) of `count` ways to cut up to `rows` rows into
+    sequences. All are copied there at once: nobody waits between two launches."""
+    rng = random.Random(seed)
+    cuts = [sorted(rng.sample(range(rows + 1), rng.randint(2, 12))) for _ in range(count)]
+    all_cuts = torch.tensor(list(itertools.chain(*cuts)), dtype=torch.int32).cuda()
+    for own, on_gpu in zip(cuts, all_cuts.split([len(c) for c in cuts]), strict=True):
+        lens = [end - start for start, end in itertools.pairwise(own)]
+        yield own[:-1], lens, rng.random() < 0.5, torch.stack([on_gpu[:-1], on_gpu.diff()])
 
 
 def draw_supported(profile: Profile, seed: int) -> Case:
