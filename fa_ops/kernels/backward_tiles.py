@@ -10,15 +10,14 @@ import triton.language as tl
 from fa_ops.kernels.primitives import (
     COUNTS,
     LOG2E,
-    SCAN_BLOCK,
     clamp_range,
     key_range,
     load_rows,
     padded_tile,
     query_range,
-    scan_lengths,
 )
 from fa_ops.kernels.skip import first_tile
+from fa_ops.kernels.tiles import find_packed_tile
 
 RECORD = tl.constexpr(16)  # int32 from one record to the next, of which FIELDS are in use
 FIELDS = (
@@ -57,16 +56,10 @@ def backward_tiles_kernel(
     seq, index, count = padded_tile(tile, rows, TILE)
     used = tiles
     if IS_PACKED:
-        seq, first, end, count = 0, 0, 0, 0
-        scanned = 0
-        while (scanned < num_seqs) & (end <= tile):
-            offs = scanned + tl.arange(0, SCAN_BLOCK)
-            if OF_KEYS:
-                length = tl.load(b_seq_len_k_ptr + offs, mask=offs < num_seqs, other=0)
-            else:
-                length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
-            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows, TILE)
-            scanned += SCAN_BLOCK
+        lengths_ptr = b_seq_len_ptr
+        if OF_KEYS:
+            lengths_ptr = b_seq_len_k_ptr
+        seq, first, end, count = find_packed_tile(tile, lengths_ptr, num_seqs, rows, TILE)
         index = tile - first
         used = tl.minimum(end, tiles)
     if tile == tiles - 1:
@@ -135,13 +128,7 @@ def row_terms_kernel(
     tile = tl.program_id(0)
     seq, index, _ = padded_tile(tile, rows_q, BLOCK)
     if IS_PACKED:
-        seq, first, end, count = 0, 0, 0, 0
-        scanned = 0
-        while (scanned < num_seqs) & (end <= tile):
-            offs = scanned + tl.arange(0, SCAN_BLOCK)
-            length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
-            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_q, BLOCK)
-            scanned += SCAN_BLOCK
+        seq, first, _, _ = find_packed_tile(tile, b_seq_len_ptr, num_seqs, rows_q, BLOCK)
         index = tile - first
     if seq >= num_seqs:
         return

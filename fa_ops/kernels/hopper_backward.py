@@ -46,6 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa_ops.kernels import backward_tiles
 from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _operand, _rows, is_visible
+from fa_ops.kernels.hopper_sparse import _allocate_tile_slots, _give, _take
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
 
@@ -64,30 +65,6 @@ def _allocate_offs(BLOCK: gl.constexpr):
     smem = gl.allocate_shared_memory(gl.int32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     smem.store(gl.arange(0, BLOCK, gl.BlockedLayout([1], [32], [4], [0])))
     return smem
-
-
-@gluon.jit
-def _allocate_tile_slots():
-    smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2):
-        mbarrier.init(full.index(slot), count=1)
-    return smem, full
-
-
-@gluon.jit
-def _give(t, tile_smem, tile_full, tiles):
-    """Tells the warp groups of the next tile and head, in the place of the last but one, which they have left."""
-    slot = tiles % 2
-    tile_smem.index(slot).store(gl.full([1], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.arrive(tile_full.index(slot))
-
-
-@gluon.jit
-def _take(tile_smem, tile_full, tiles):
-    slot = tiles % 2
-    mbarrier.wait(tile_full.index(slot), (tiles // 2) & 1)
-    return gl.max(tile_smem.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit

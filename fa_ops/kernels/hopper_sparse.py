@@ -62,6 +62,15 @@ visit = gluon.jit(skip.visit.fn)
 
 
 @gluon.jit
+def _allocate_tile_slots():
+    smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(full.index(slot), count=1)
+    return smem, full
+
+
+@gluon.jit
 def _give(t, tile_smem, tile_full, tiles):
     """Tells the warp groups of the next tile and head, in the place of the last but one, which they have left."""
     slot = tiles % 2
@@ -381,14 +390,10 @@ def hopper_sparse_forward_kernel(
         mbarrier.init(v_empty.index(slot), count=CONSUMERS)
     flag: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     wanted_smem = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 1], flag)
-    tile_smem = gl.allocate_shared_memory(gl.int32, [2, 1], flag)
-    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    for slot in gl.static_range(2):
-        mbarrier.init(tile_full.index(slot), count=1)
+    tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    tile_slots = (tile_smem, tile_full)
     work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_right)

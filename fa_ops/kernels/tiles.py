@@ -34,6 +34,20 @@ FIELDS = (
 
 
 @triton.jit
+def find_packed_tile(tile, b_seq_len_ptr, num_seqs, rows, BLOCK: tl.constexpr):
+    """What `scan_lengths` finds of a tile: (sequence, its first tile, the tile behind it, its number of tiles). For
+    kernels behind opaque ops, which torch does not analyse: in others these loads stand in the kernel's own body."""
+    seq, first, end, count = 0, 0, 0, 0
+    scanned = 0
+    while (scanned < num_seqs) & (end <= tile):
+        offs = scanned + tl.arange(0, SCAN_BLOCK)
+        length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
+        seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows, BLOCK)
+        scanned += SCAN_BLOCK
+    return seq, first, end, count
+
+
+@triton.jit
 def _clear(out_ptr, lse_ptr, rows, is_row, rows_q, heads, HEAD_DIM: tl.constexpr):
     """`rows` of out and lse, which are contiguous."""
     fill_rows(out_ptr, heads * HEAD_DIM, HEAD_DIM, rows, is_row, heads, 0.0, HEAD_DIM, HEAD_DIM)
@@ -65,13 +79,7 @@ def tile_list_kernel(
     seq, index, count = padded_tile(tile, rows_q, BLOCK_M)
     used = tiles
     if IS_PACKED:
-        seq, first, end, count = 0, 0, 0, 0
-        scanned = 0
-        while (scanned < num_seqs) & (end <= tile):
-            offs = scanned + tl.arange(0, SCAN_BLOCK)
-            length = tl.load(b_seq_len_ptr + offs, mask=offs < num_seqs, other=0)
-            seq, first, end, count = scan_lengths(length, tile, seq, first, end, rows_q, BLOCK_M)
-            scanned += SCAN_BLOCK
+        seq, first, end, count = find_packed_tile(tile, b_seq_len_ptr, num_seqs, rows_q, BLOCK_M)
         index = tile - first
         used = tl.minimum(end, tiles)
     if tile == tiles - 1:

@@ -18,7 +18,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_launches, draw_many
+from tests.support.hopper import count_launches, draw_launches, draw_many
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
 
@@ -40,14 +40,7 @@ each_layout = pytest.mark.parametrize("is_padded", [False, True], ids=["packed",
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> Iterator[list]:
     """Holds an entry for each launch of the kernel, of which there must be one at least."""
-    taken: list[None] = []
-    attend = hopper.attend
-
-    def counted(*args):
-        taken.append(None)
-        return attend(*args)
-
-    monkeypatch.setattr(hopper, "attend", counted)
+    taken = count_launches(monkeypatch, hopper)
     yield taken
     assert taken
 

@@ -17,7 +17,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_launches, draw_many_backward
+from tests.support.hopper import count_launches, draw_launches, draw_many_backward
 from tests.support.problems import small_case
 from tests.support.properties import assert_same_bits
 
@@ -38,14 +38,7 @@ each_layout = pytest.mark.parametrize("is_padded", [False, True], ids=["packed",
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> Iterator[list]:
     """Holds an entry for each launch of the kernels, of which there must be one at least."""
-    taken: list[None] = []
-    attend = hopper_backward.attend
-
-    def counted(*args):
-        taken.append(None)
-        return attend(*args)
-
-    monkeypatch.setattr(hopper_backward, "attend", counted)
+    taken = count_launches(monkeypatch, hopper_backward)
     yield taken
     assert taken
 

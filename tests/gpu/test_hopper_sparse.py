@@ -18,7 +18,7 @@ from tests.support import properties
 from tests.support.accuracy import check_case, evaluate, evaluate_forward
 from tests.support.cases import Case
 from tests.support.draw import Profile
-from tests.support.hopper import draw_launches, draw_sparse
+from tests.support.hopper import count_launches, draw_launches, draw_sparse
 from tests.support.problems import op_arguments, small_case
 from tests.support.properties import assert_same_bits
 from tests.support.skip import oracle_bits
@@ -40,14 +40,7 @@ each_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> Iterator[list]:
     """Holds an entry for each launch of the kernel, of which there must be one at least."""
-    taken: list[None] = []
-    attend = hopper_sparse.attend
-
-    def counted(*args):
-        taken.append(None)
-        return attend(*args)
-
-    monkeypatch.setattr(hopper_sparse, "attend", counted)
+    taken = count_launches(monkeypatch, hopper_sparse)
     yield taken
     assert taken
 

@@ -188,7 +188,6 @@ FAULTS = {
         "        tiles += 1\n        for _member",
         "        tiles += 1\n        mbarrier.arrive(own_empty.index(CONSUMER))\n        for _member",
     ),
-    "another_tile_is_taken": ("gl.max(tile_smem.index(slot)", "gl.max(tile_smem.index(1 - slot)"),
     "terms_of_another_head": ("[2 * head + term, row]", "[2 * (head + 1) + term, row]"),
     "a_row_behind_the_end_is_written": ("first + offs_row < length", "first + offs_row < length + 1"),
     "dk_is_not_scaled": ("dk * softmax_scale", "dk * 1.0"),

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +31,19 @@ def draw_launches(seed: int, rows: int, count: int) -> Iterator[tuple[list[int],
     for own, on_gpu in zip(cuts, all_cuts.split([len(c) for c in cuts]), strict=True):
         lens = [end - start for start, end in itertools.pairwise(own)]
         yield own[:-1], lens, rng.random() < 0.5, torch.stack([on_gpu[:-1], on_gpu.diff()])
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list:
+    """Holds an entry for each call of a kernel's `attend` from now on."""
+    taken: list[None] = []
+    attend = module.attend
+
+    def counted(*args):
+        taken.append(None)
+        return attend(*args)
+
+    monkeypatch.setattr(module, "attend", counted)
+    return taken
 
 
 def draw_supported(profile: Profile, seed: int) -> Case:
