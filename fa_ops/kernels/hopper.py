@@ -21,6 +21,7 @@ the same blocks since the kernel began, and these two counts, `tiles` and `block
     turn[c]    1          consumer c - 1 has asked for its products         consumer c of three, before its own
 
 Three consumers take turns, so that the products of one run beside the softmax of the others; two do better without.
+A tile's first block takes none; `turns` counts the others.
 
 A barrier's wait for phase p ends once the phase of parity p is over; those of the empty barriers wait for parity
 p ^ 1, which at the first use is that of the phase before the first, and so over. No wait is more than one phase behind:
@@ -124,7 +125,7 @@ def _softmax(
 
 @gluon.jit
 def _attend(
-    acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles, blocks,
+    acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns, blocks,
     offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -135,8 +136,7 @@ def _attend(
     slot_v = blocks % STAGES
     mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
     if CONSUMERS == 3:
-        # of each tile one block comes without a turn
-        mbarrier.wait(turn.index(CONSUMER), ((blocks - tiles) & 1) ^ (CONSUMER > 0))
+        mbarrier.wait(turn.index(CONSUMER), (turns & 1) ^ (CONSUMER == 0))
     scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot_v), (blocks // STAGES) & 1)
     product = warpgroup_mma(p, _rows(v_smem.index(slot_v)), acc, is_async=True)
@@ -205,6 +205,7 @@ def _consume(
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
     blocks = 0
+    turns = 0
     t = gl.program_id(0)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
@@ -244,20 +245,22 @@ def _consume(
                     num_whole = 0
                 for _ in range(num_masked):
                     acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles,
+                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
                         blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
                         CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, True,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
+                    turns += 1
                 for _ in range(num_whole):
                     acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, tiles,
+                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
                         blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
                         CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, False,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
+                    turns += 1
             t = _next_tile(next_smem, q_empty.index(CONSUMER))
             slot = blocks % STAGES
             mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)

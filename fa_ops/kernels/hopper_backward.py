@@ -16,8 +16,8 @@ not told of. So every role counts the same tiles and the same blocks since the k
     barrier      arrivals   completes when                                       who waits
     own_full[c]  2 + bytes  the rows of consumer c are in shared memory: Q, dO   consumer c, before its first block
                             or K, V
-    own_empty[c] 1          consumer c has Q and dO in registers, or is through  producer, before the next tile's rows
-                            with the last block that it needs K and V for
+    own_empty[c] 1          consumer c's first products with Q and dO ended, or  producer, before the next tile's rows
+                            the last ones with K and V
     full[s]      n + bytes  the slot's block is there: K, V or Q, dO, lse, delta each consumer, before its products
     empty[s]     CONSUMERS  the products of each consumer with the block ended   producer, before the block after it
     tile_full[s] 1          the number of tile i is there, s = i % 2             each consumer, before its tile
@@ -185,11 +185,8 @@ def _consume_keys(
         dq = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
         tiles += 1
-        # Q and dO are left operands in registers, so their place is free for those of the next tile
         q = _rows(q_smem.index(CONSUMER)).load(operand)
         dout = _rows(dout_smem.index(CONSUMER)).load(operand)
-        mbarrier.arrive(own_empty.index(CONSUMER))
-
         slot = blocks % STAGES
         mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
         scores = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -198,6 +195,9 @@ def _consume_keys(
             scores, products, lse, delta, offs_smem, offs_m, n0, len_q, len_k, window_right, scale_log2,
             s_layout, HAS_RIGHT, True, 0,
         )  # fmt: skip
+        # Q and dO are operands in registers, so their place is free for those of the next tile. Not before a product
+        # with them has ended: until then loads may be under way, and the copy engine would overtake them.
+        mbarrier.arrive(own_empty.index(CONSUMER))
         ds = _operand(ds, out_layout, k_smem.dtype)
         n0 += BLOCK_N
         blocks += 1

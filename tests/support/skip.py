@@ -43,12 +43,13 @@ def thresholds(skips: list[SkipBlocks], share: float, form: str) -> float | Tens
 
 
 def oracle_bits(inputs) -> tuple[Tensor, Tensor]:
-    """(block_bits, counts) that the op has to give for the Inputs of a case without a key_mask."""
+    """(block_bits, counts) that the op has to give for the Inputs of a case."""
     case, lens = inputs.case, inputs.b_seq_len
     skips = skip_softmax_blocks(
         inputs.q, inputs.k, inputs.b_start_loc, lens, case.is_causal, case.softmax_scale,
         inputs.b_start_loc_k, inputs.b_seq_len_k, window_size=case.window_size, softcap=case.softcap,
-        skip_softmax_threshold=inputs.skip_softmax_threshold, skip_softmax_block=case.skip_block,
+        key_mask=inputs.key_mask, skip_softmax_threshold=inputs.skip_softmax_threshold,
+        skip_softmax_block=case.skip_block,
     )  # fmt: skip
     bits, counts = (t.zero_() for t in outputs.empty_skip(inputs.q, inputs.k, lens, case.skip_block))
     tile = 0
