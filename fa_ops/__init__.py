@@ -5,8 +5,7 @@ compute capability 8.0 or higher. CPU tensors do not need it.
 
 The environment variable FA_OPS_KERNEL says which kernels may run on a GPU: "auto", the default, those written for its
 architecture wherever they know a call (`fa_ops.hopper`), and else the portable ones; "portable" the portable ones
-alone; "preview" also kernels that are not right yet. It is read once, at import. The logger "fa_ops.ops" says at level
-DEBUG which kernel a call runs.
+alone. It is read once, at import. The logger "fa_ops.ops" says at level DEBUG which kernel a call runs.
 """
 
 from fa_ops import ops, varlen

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops import hopper
-from fa_ops.kernels import tier
 from fa_ops.launching import dlse_strides, grid, lse_strides, multi_processors, strides_of
 from fa_ops_meta import outputs
 
@@ -27,8 +26,6 @@ _library.define(
 
 def refusal(q: Tensor, *call: Any) -> str | None:
     """Why the portable kernels run a call, which `unsupported` describes, instead; None if these do."""
-    if tier.TIER != "preview":
-        return f"FA_OPS_KERNEL is {tier.TIER!r}"
     return hopper.device_refusal(q) or unsupported(q, *call)
 
 

@@ -429,8 +429,9 @@ if HAS_TRITON and not IS_INTERPRETED:
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     # Which opaque ops the bodies call is in no kernel's source: one kernel of each stands for it.
-    _hopper_kernels = [] if tier.TIER == "portable" else [tile_list_kernel]
-    if tier.TIER == "preview":
+    _hopper_kernels = []
+    if tier.TIER != "portable":
+        _hopper_kernels.append(tile_list_kernel)
         _backward_kernels.append(backward_tiles_kernel)
     torch._library.triton.triton_ops_to_kernels.update({
         "modelopt::varlen_attention": [

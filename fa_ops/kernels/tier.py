@@ -1,15 +1,14 @@
 """Which kernels may run on a GPU: FA_OPS_KERNEL, read once, when fa_ops is imported.
 
 "auto", the default: those written for the GPU at hand, where they know a call, and else the portable ones, in plain
-Triton. "portable": the portable ones alone. "preview": as "auto", and also kernels that are to be worked on: the
-backward for sm_90, whose gradients were wrong on a GPU for sequences of 1,600 and of 3,008 tokens.
+Triton. "portable": the portable ones alone.
 """
 
 import os
 from collections.abc import Mapping
 
 VARIABLE = "FA_OPS_KERNEL"
-TIERS = ("auto", "portable", "preview")
+TIERS = ("auto", "portable")
 
 
 def read_tier(environment: Mapping[str, str]) -> str:

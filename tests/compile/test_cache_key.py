@@ -48,9 +48,13 @@ def cached_source(fresh_compiler) -> str:
                 "attention_backward_dq_kernel",
                 "attention_backward_dkv_kernel",
                 "tile_list_kernel",  # for the opaque ops of sm_90
+                "backward_tiles_kernel",
             },
         ),
-        ("varlen_attention_backward", {"attention_backward_dq_kernel", "attention_backward_dkv_kernel"}),
+        (
+            "varlen_attention_backward",
+            {"attention_backward_dq_kernel", "attention_backward_dkv_kernel", "backward_tiles_kernel"},
+        ),
     ],
 )
 def test_kernels_of_the_op(op, kernels):

@@ -1,6 +1,7 @@
-"""The backward kernels for sm_90 on a GPU: results, races, hangs. FA_OPS_KERNEL=preview in the environment runs them.
+"""The backward kernels for sm_90 on a GPU: results, races, hangs.
 
-A kernel that hangs cannot be interrupted, so a test that takes too long ends its process.
+They do not run with FA_OPS_KERNEL=portable in the environment. A kernel that hangs cannot be interrupted, so a test
+that takes too long ends its process.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from tests.support.properties import assert_same_bits
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(180, method="thread"),
-    pytest.mark.skipif(tier.TIER != "preview", reason="FA_OPS_KERNEL is not 'preview'"),
+    pytest.mark.skipif(tier.TIER == "portable", reason="FA_OPS_KERNEL is 'portable'"),
     pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="the kernels are for sm_90"),
 ]
 
@@ -65,8 +66,33 @@ def test_many_blocks_and_many_tiles(head_dim: int, is_causal: bool):
 @each_head_dim
 @pytest.mark.parametrize("length", [192, 1600, 3008])
 def test_second_half_of_the_last_tile_is_empty(head_dim: int, length: int):
-    """Lengths that leave half of a tile of 128 were wrong, 20 x 1600 and 11 x 3008 among them."""
     check_case(fa_ops.attention, case_of((length,) * 8, head_dim, heads_kv=4), "cuda", is_lse_float32=False)
+
+
+@each_head_dim
+@pytest.mark.parametrize("length", [64, 128, 1600])
+def test_short_tiles_follow_each_other(head_dim: int, length: int):
+    """The next tile's queries are copied as soon as those of this one are out of shared memory: whether they are, the
+    bits of many equal sequences tell, and how a sequence fares alone."""
+    count, heads = 32_000 // length, 16
+    q, k, v, dout = torch.randn(4, count * length, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    starts = torch.arange(count, dtype=torch.int32, device="cuda") * length
+    lens = torch.full_like(starts, length)
+
+    def differentiate(own: slice) -> dict[str, Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = fa_ops.attention(*leaves, starts[own], lens[own])
+        return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True))
+
+    first = differentiate(slice(None))
+    for repeat in range(20):
+        assert_same_bits(differentiate(slice(None)), first, f"in repeat {repeat}")
+    for seq in range(0, count, count // 8):
+        rows = slice(seq * length, (seq + 1) * length)
+        alone = differentiate(slice(seq, seq + 1))
+        assert_same_bits(
+            {name: t[rows] for name, t in alone.items()}, {name: t[rows] for name, t in first.items()}, f"of {seq}"
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -137,11 +163,10 @@ def test_compiled(is_padded: bool, launches, tmp_path):
     assert_same_bits(found, expected, "when compiled")
 
 
-def test_the_portable_kernels_are_others(monkeypatch):
-    """Else all of the above would compare them with themselves: two orders of summing do not agree in every bit."""
+def test_the_portable_kernels_are_others(monkeypatch, launches):
     inputs = case_of((2000,), 128, heads_kv=4).build("cuda")
-    found = evaluate(fa_ops.attention, inputs)
-    monkeypatch.setattr(tier, "TIER", "auto")
-    other = evaluate(fa_ops.attention, inputs)
-    assert not torch.equal(found["dq"], other["dq"])
-    assert not torch.equal(found["dk"], other["dk"])
+    evaluate(fa_ops.attention, inputs)
+    assert len(launches) == 1
+    monkeypatch.setattr(tier, "TIER", "portable")
+    evaluate(fa_ops.attention, inputs)
+    assert len(launches) == 1

@@ -91,6 +91,19 @@ def test_edges(lens_q: tuple, lens_k: tuple | None, is_causal: bool, launches):
     assert launches
 
 
+@pytest.mark.parametrize("programs", [1, 2])
+def test_tiles_without_blocks_count_no_turn(programs: int, monkeypatch, launches):
+    """Three warp groups take turns at a tile's blocks but its first; rows of padding, and sequences with holes in
+    their keys, are tiles without any."""
+    monkeypatch.setattr(hopper, "multi_processors", lambda device: programs)
+    case = small_case(
+        lens_q=(29, 1, 300, 1), lens_k=(21, 255, 300, 300), is_padded=True, is_causal=False, dtype=torch.bfloat16,
+        head_dim=64, value_dim=64, heads_kv=1,
+    )  # fmt: skip
+    check_case(fa_ops.attention, case, has_backward=False)
+    assert launches
+
+
 def test_the_log_says_which_kernel_runs(caplog, request):
     inputs = small_case(dtype=torch.float16, head_dim=64, value_dim=64).build()
     with caplog.at_level(logging.DEBUG, "fa_ops.ops"):

@@ -169,10 +169,6 @@ def test_what_the_backward_kernels_take():
 def test_when_the_backward_kernels_run(monkeypatch):
     q = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(hopper, "_capability", lambda device: (10, 0))
-    for choice, reason in (
-        ("portable", "FA_OPS_KERNEL is 'portable'"),
-        ("auto", "FA_OPS_KERNEL is 'auto'"),
-        ("preview", "cuda:0 is not of sm_90"),
-    ):
+    for choice, reason in (("portable", "FA_OPS_KERNEL is 'portable'"), ("auto", "cuda:0 is not of sm_90")):
         monkeypatch.setattr(tier, "TIER", choice)
         assert hopper_backward.refusal(q) == reason
