@@ -49,6 +49,10 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list:
 def draw_supported(profile: Profile, seed: int) -> Case:
     """A Case of the profile without what the kernel does not know; every fourth has a window, where it can."""
     case = _supported(draw_case(profile, seed))
+    if case.key_mask is not None and IS_INTERPRETED:
+        # the portable kernel's, too, and numpy's sums of 256 products in float32 are half as exact as torch's
+        head_dim = min(case.head_dim, 128)
+        case = dataclasses.replace(case, head_dim=head_dim, value_dim=head_dim)
     window_size = (-1, -1)
     if seed % 4 == 0 and case.head_dim <= 128:
         window_size = (seed * 7 % profile.max_len, seed % 7 * 20)
