@@ -50,6 +50,7 @@ DEFAULTS = {
 }  # fmt: skip
 LEFT_OUT = 8  # priority of what is never measured
 OP_THRESHOLD, OP_STEPS, OP_BLOCKS = 0.2, 64, 4  # of the check against the op
+SENSITIVITY_BYTES = 1 << 15  # of text that a loss for each layer or head is measured on
 COLUMNS = (
     "order", "phase", "br", "bc", "allocation", "wanted", "threshold", "share", "bits_per_byte",
     "added", "added_low", "added_high", "base", "versus_base", "versus_low", "versus_high", "largest_share", "skipped",
@@ -224,7 +225,11 @@ class Study:
         """One row for each wanted share."""
         counts = self.margins[setting]
         largest = study_allocation.Reach.of(counts).largest
-        groups, shares_of = self.allocation(setting, name)
+        try:
+            groups, shares_of = self.allocation(setting, name)
+        except TimeoutError:
+            yield self.late
+            return
         is_uniform = name == "uniform"
         base = setting._replace(order=VISIT_ORDER) if is_uniform else setting
         for wanted in self.options.shares:
@@ -254,8 +259,13 @@ class Study:
         if name == "equal_share":
             return groups, lambda wanted: study_allocation.equal_shares(counts, groups, wanted)
 
+        step = -(-int(self.calibration.bytes.sum()) // SENSITIVITY_BYTES)
+        windows = Windows(self.calibration.ids[::step], self.calibration.bytes[::step])
+
         def loss(ln_threshold: Tensor) -> float:
-            return bits_per_byte(evaluate(self.model, self.calibration, setting, ln_threshold), self.calibration)
+            if self.is_late():
+                raise TimeoutError
+            return bits_per_byte(evaluate(self.model, windows, setting, ln_threshold), windows)
 
         if name == "equal_attention":
             sensitivities = study_allocation.attention_sensitivities(counts, groups)
