@@ -167,8 +167,6 @@ class Study:
         self.curves = {setting: [self.dense] for setting in settings}
         for setting in settings:
             yield from self.counted(setting)
-        for phase in self.options.phases:
-            yield from self.through_the_op(next(setting for setting in settings if setting.phase == phase))
         for setting, name in plan:
             columns: Row = {**setting._asdict(), "allocation": name}
             if self.is_late():
@@ -177,6 +175,8 @@ class Study:
             print(*columns.values(), file=sys.stderr, flush=True)
             for row in self.fixed(setting) if name == "fixed" else self.allocated(setting, name):
                 yield columns | row
+        for phase in self.options.phases:
+            yield from self.through_the_op(next(setting for setting in settings if setting.phase == phase))
 
     def is_late(self) -> bool:
         return time.monotonic() > self.deadline
