@@ -54,7 +54,7 @@ SENSITIVITY_BYTES = 1 << 15  # of text that a loss for each layer or head is mea
 COLUMNS = (
     "order", "phase", "br", "bc", "allocation", "wanted", "threshold", "share", "bits_per_byte",
     "added", "added_low", "added_high", "base", "versus_base", "versus_low", "versus_high", "largest_share", "skipped",
-    "model", "parameters", "layers", "heads", "context", "windows", "bytes", "calibration_windows",
+    "model", "training", "parameters", "layers", "heads", "context", "windows", "bytes", "calibration_windows",
     "device", "card", "clocks", "threads", "python", "torch", "triton", "transformers", "cuda", "cudnn", "driver",
     "commit", "date",
 )  # fmt: skip
@@ -152,6 +152,7 @@ class Study:
         self.curves: dict[Setting, list[Losses]] = {}
         self.about: Row = {
             "model": f"{options.label or config.model_type}, {'byte-level' if is_byte_level else 'with a tokenizer'}",
+            "training": getattr(config, "study_training", ""),
             "parameters": self.model.num_parameters(), "layers": self.shape[0], "heads": self.shape[1],
             "context": context, "windows": options.windows, "bytes": int(self.held_out.bytes.sum()),
             "calibration_windows": options.calibration_windows,

@@ -50,11 +50,11 @@ def train(source: Path | None, output: Path, preset: train_small_lm.Preset, minu
 
     compiled = torch.compile(model, fullgraph=True)
     history = train_small_lm.train(compiled, batches(), preset, minutes, steps, float32_steps=0)
-    model.save_pretrained(output)
-    print(
-        f"{len(history.losses)} steps, {sum(history.tokens) / 1e6:.1f} MB in {history.seconds[-1]:.0f} s, the first "
-        f"step {history.seconds[0]:.0f} s; {history.tokens_per_second():,.0f} bytes per second after it",
-        file=sys.stderr,
+    model.config.study_training = (
+        f"{len(history.losses)} steps over {sum(history.tokens) / 1e6:.1f} MB of {sum(map(len, pieces)) / 1e6:.1f} MB "
+        f"of text in {history.seconds[-1]:.0f} s, the first step {history.seconds[0]:.0f} s"
     )
+    model.save_pretrained(output)
+    print(f"{model.config.study_training}; {history.tokens_per_second():,.0f} bytes per second", file=sys.stderr)
     last = history.losses[-50:]
     return sum(last) / len(last) / torch.log(torch.tensor(2.0)).item()

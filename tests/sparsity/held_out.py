@@ -2,7 +2,7 @@
 
     python -m tests.sparsity.held_out examples/output/model
     python -m tests.sparsity.held_out DIR --device cuda --installed --br 64 --bc 128 --calibrated 4096 \
-        --lengths 4096 2048 8192 --windows 256 --batch 32 --decoded 8 --output FILE.md
+        --lengths 4096 2048 8192 --windows 192 --batch 24 --decoded 8 --output FILE.md
 
 By default the model is that of examples/train_small_lm.py: byte-level, context 512. It is calibrated at 256 tokens of
 the text that it was trained on, and measured on held-out files at 128, 256 and 512, prefill and decoding. The second
