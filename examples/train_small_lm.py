@@ -341,9 +341,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output / MODEL)
-    plot(history, eager_losses, bits_per_byte, arguments.output / "loss.png")
     print(f"wrote {arguments.output / MODEL} (byte-level: no tokenizer, token i is byte i, {BOUNDARY} begins a text)")
-    print(f"wrote {arguments.output / 'loss.png'}\n")
+    try:
+        plot(history, eager_losses, bits_per_byte, arguments.output / "loss.png")
+        print(f"wrote {arguments.output / 'loss.png'}\n")
+    except ImportError as error:
+        print(f"no plot: {error}; pip install matplotlib\n")
     curve_steps = min(len(history.losses), len(eager_losses))
     loss_difference = largest_loss_difference(history.losses, eager_losses)
     is_default = not arguments.text and not arguments.steps and arguments.minutes >= DEFAULT_MINUTES
