@@ -27,7 +27,6 @@ import fa_ops
 import fa_ops.sparsity as mtsa
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import BACKENDS, PHASES, CalibrationConfig, FlashSkipSoftmaxConfig
-from fa_ops.sparsity.plots import plot_calibration, plot_dropped_shares, plot_quality
 from fa_ops_meta.skip import BLOCK_SIZES
 
 CALIBRATED = "skip_softmax_calib"
@@ -291,16 +290,21 @@ def export(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, ids: Tens
 def draw(
     model: PreTrainedModel, dense: Behaviour, batches: list[Tensor], max_new_tokens: int, unit: Unit, folder: Path
 ) -> None:
-    """The pictures. The shares are those of the blocks that were counted last; then others are."""
+    """The pictures, where matplotlib is installed; of the blocks that were counted last, then of others."""
+    try:
+        from fa_ops.sparsity import plots
+    except ImportError as error:
+        print(f"\nno pictures: {error}")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    plot_dropped_shares(model, folder / "dropped-shares.png")
+    plots.plot_dropped_shares(model, folder / "dropped-shares.png")
     print(f"\nwrote {folder / 'dropped-shares.png'}")
     if "target" in rules_of(model)["prefill"]:
-        plot_calibration(model, folder / "calibration.png")
+        plots.plot_calibration(model, folder / "calibration.png")
         print(f"wrote {folder / 'calibration.png'}")
     shares, losses = measure_quality(model, batches, max_new_tokens)
     losses = [loss * unit.per_nat for loss in losses]
-    plot_quality(shares, losses, dense.losses[0] * unit.per_nat, folder / "quality.png", unit=unit.name)
+    plots.plot_quality(shares, losses, dense.losses[0] * unit.per_nat, folder / "quality.png", unit=unit.name)
     print(f"wrote {folder / 'quality.png'}")
 
 

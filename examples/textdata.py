@@ -29,7 +29,7 @@ Document = tuple[str, bytes]
 def stdlib_documents() -> list[Document]:
     """The source files of the running Python's standard library, as (name, text)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
+    names = (path.relative_to(root) for path in root.rglob("*.py") if path.is_file())  # no dangling links
     return [(name.as_posix(), (root / name).read_bytes()) for name in names if not STDLIB_LEFT_OUT & set(name.parts)]
 
 

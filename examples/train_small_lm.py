@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from textdata import (
     BOUNDARY,
     MODEL,
@@ -176,7 +175,12 @@ def progress_bar() -> dict[str, float]:
 
 
 def train(
-    model: torch.nn.Module, batches: Iterator[list[bytes]], preset: Preset, minutes: float, steps: int | None
+    model: torch.nn.Module,
+    batches: Iterator[list[bytes]],
+    preset: Preset,
+    minutes: float,
+    steps: int | None,
+    float32_steps: int = CURVE_STEPS,
 ) -> History:
     """Train until `minutes` have passed since the call, or for `steps`; the learning rate ends at 0 either way.
 
@@ -193,7 +197,7 @@ def train(
             if step <= WARM_UP_STEPS:
                 warm = spent
             rate = learning_rate(preset.learning_rate, step, (spent - warm) / max(budget - warm, 1e-9))
-            bf16 = device.type == "cuda" and step >= CURVE_STEPS
+            bf16 = device.type == "cuda" and step >= float32_steps
             history.losses.append(train_step(model, optimizer, to_device(pieces, device), rate, bf16))
             history.tokens.append(sum(map(len, pieces)))
             history.seconds.append(time.perf_counter() - start)
@@ -251,6 +255,8 @@ def generate(model: LlamaForCausalLM, text: bytes, context: int) -> tuple[bytes,
 
 
 def plot(history: History, eager_losses: list[float], held_out: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     whole, first = figure.subplots(1, 2)
     ours = [loss / math.log(2) for loss in history.losses]
@@ -335,9 +341,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output / MODEL)
-    plot(history, eager_losses, bits_per_byte, arguments.output / "loss.png")
     print(f"wrote {arguments.output / MODEL} (byte-level: no tokenizer, token i is byte i, {BOUNDARY} begins a text)")
-    print(f"wrote {arguments.output / 'loss.png'}\n")
+    try:
+        plot(history, eager_losses, bits_per_byte, arguments.output / "loss.png")
+        print(f"wrote {arguments.output / 'loss.png'}\n")
+    except ImportError as error:
+        print(f"no plot: {error}; pip install matplotlib\n")
     curve_steps = min(len(history.losses), len(eager_losses))
     loss_difference = largest_loss_difference(history.losses, eager_losses)
     is_default = not arguments.text and not arguments.steps and arguments.minutes >= DEFAULT_MINUTES

@@ -41,19 +41,20 @@ ALLOCATIONS = ("equal_share", "equal_attention", "loss_by_layer", "loss_by_head"
 DEFAULTS = {
     "cpu": {
         "blocks": ["16x16", "64x64", "32x32", "16x32", "32x16", "64x128"],
-        "allocations": ALLOCATIONS, "windows": 32, "calibration_windows": 16,
+        "allocations": ALLOCATIONS, "windows": 32, "calibration_windows": 16, "depth": 7,
     },
     "cuda": {  # for the larger model, whose losses by head would take longer than all the rest
         "blocks": ["64x128", "16x16", "128x128", "64x64", "32x32"],
-        "allocations": ALLOCATIONS[:-1], "windows": 16, "calibration_windows": 8,
+        "allocations": ALLOCATIONS[:-1], "windows": 16, "calibration_windows": 8, "depth": 5,
     },
 }  # fmt: skip
-LEFT_OUT = 6  # priority of what is not measured
-OP_THRESHOLD, OP_STEPS = 0.2, 64  # of the check against the op
+LEFT_OUT = 8  # priority of what is never measured
+OP_THRESHOLD, OP_STEPS, OP_BLOCKS = 0.2, 64, 4  # of the check against the op
+SENSITIVITY_BYTES = 1 << 15  # of text that a loss for each layer or head is measured on
 COLUMNS = (
     "order", "phase", "br", "bc", "allocation", "wanted", "threshold", "share", "bits_per_byte",
     "added", "added_low", "added_high", "base", "versus_base", "versus_low", "versus_high", "largest_share", "skipped",
-    "model", "parameters", "layers", "heads", "context", "windows", "bytes", "calibration_windows",
+    "model", "training", "parameters", "layers", "heads", "context", "windows", "bytes", "calibration_windows",
     "device", "card", "clocks", "threads", "python", "torch", "triton", "transformers", "cuda", "cudnn", "driver",
     "commit", "date",
 )  # fmt: skip
@@ -69,10 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.output / options.name
     options.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for row in study.rows():
-        rows.append(environment | study.about | row)
-        write_csv(rows, path.with_suffix(".csv"), COLUMNS)
-    write_report(path.with_suffix(".csv"))
+    try:
+        for row in study.rows():
+            rows.append(environment | study.about | row)
+            write_csv(rows, path.with_suffix(".csv"), COLUMNS)
+    finally:
+        if rows:  # also of a study that failed midway
+            write_report(path.with_suffix(".csv"))
     print(path.with_suffix(".md").read_text())
     return 0
 
@@ -88,6 +92,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "(the sources of the standard library)")  # fmt: skip
     parser.add_argument("--train", action="store_true", help="first train a larger model, into --checkpoint, on --text "
                         "or all Python sources that are installed")  # fmt: skip
+    parser.add_argument("--installed", action="store_true", help="the text is all Python sources that are installed, "
+                        "as with --train")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0, help="of that training (10)")
     parser.add_argument("--context", type=int, help="tokens of a window (as many as the model allows)")
     parser.add_argument("--windows", type=int, help="of held-out text (32; with CUDA 16)")
@@ -98,6 +104,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of blocks to drop")
     parser.add_argument("--thresholds", nargs="*", type=float, default=THRESHOLDS, help="λ to measure as they are")
     parser.add_argument("--allocations", nargs="*", choices=ALLOCATIONS, help="besides one λ for the whole model")
+    parser.add_argument("--depth", type=int, help="the last priority of the plan that is measured, see `priority` (7, "
+                        "that is all; with CUDA 5)")  # fmt: skip
     parser.add_argument("--time-limit", type=float, default=840, help="seconds after which no further row is begun")
     parser.add_argument("--name", default="sparsity-study", help="of the files")
     parser.add_argument("--output", type=Path, default=here / "results", help="folder to write to")
@@ -115,7 +123,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def load_model(checkpoint: Path, device: str) -> PreTrainedModel:
     register()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.float32
+    if device == "cuda":
+        dtype = torch.bfloat16
+        torch.set_float32_matmul_precision("high")  # TF32, which holds every bfloat16
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=ATTENTION, dtype=dtype)
     return model.to(device).eval()
 
@@ -130,7 +141,7 @@ class Study:
         is_byte_level = getattr(config, "byte_level", False)
         tokenizer = None if is_byte_level else AutoTokenizer.from_pretrained(options.checkpoint)
         context = options.context or config.max_position_embeddings
-        texts = split_held_out(documents(options.text, with_installed=options.train))
+        texts = split_held_out(documents(options.text, with_installed=options.train or options.installed))
         counts = (options.calibration_windows, options.windows)
         self.calibration, self.held_out = (
             cut_windows(text, context, count, tokenizer) for text, count in zip(texts, counts, strict=True)
@@ -141,13 +152,14 @@ class Study:
         self.curves: dict[Setting, list[Losses]] = {}
         self.about: Row = {
             "model": f"{options.label or config.model_type}, {'byte-level' if is_byte_level else 'with a tokenizer'}",
+            "training": getattr(config, "study_training", ""),
             "parameters": self.model.num_parameters(), "layers": self.shape[0], "heads": self.shape[1],
             "context": context, "windows": options.windows, "bytes": int(self.held_out.bytes.sum()),
             "calibration_windows": options.calibration_windows,
         }  # fmt: skip
 
     def rows(self) -> Iterator[Row]:
-        deadline = time.monotonic() + self.options.time_limit
+        self.deadline = time.monotonic() + self.options.time_limit
         plan = self.plan()
         settings = list(dict.fromkeys(setting for setting, _ in plan))
         self.margins = count_margins(self.model, self.calibration, settings)
@@ -156,16 +168,23 @@ class Study:
         self.curves = {setting: [self.dense] for setting in settings}
         for setting in settings:
             yield from self.counted(setting)
-        for phase in self.options.phases:
-            yield from self.through_the_op(next(setting for setting in settings if setting.phase == phase))
         for setting, name in plan:
             columns: Row = {**setting._asdict(), "allocation": name}
-            if time.monotonic() > deadline:
-                yield columns | {"skipped": f"not run: the time limit of {self.options.time_limit:g} s had passed"}
+            if self.is_late():
+                yield columns | self.late
                 continue
             print(*columns.values(), file=sys.stderr, flush=True)
             for row in self.fixed(setting) if name == "fixed" else self.allocated(setting, name):
                 yield columns | row
+        for phase in self.options.phases:
+            yield from self.through_the_op(next(setting for setting in settings if setting.phase == phase))
+
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def late(self) -> Row:
+        return {"skipped": f"not run: the time limit of {self.options.time_limit:g} s had passed"}
 
     def plan(self) -> list[tuple[Setting, str]]:
         """Settings and allocations to measure, the most telling first."""
@@ -182,7 +201,7 @@ class Study:
             for block in blocks[phase]
         ]
         entries.sort(key=lambda entry: entry[0])
-        return [(setting, name) for place, setting, name in entries if place < LEFT_OUT]
+        return [(setting, name) for place, setting, name in entries if place <= self.options.depth]
 
     def everywhere(self, ln_threshold: float) -> Tensor:
         return torch.full(self.shape, ln_threshold)
@@ -197,6 +216,9 @@ class Study:
     def fixed(self, setting: Setting) -> Iterator[Row]:
         """λ as given."""
         for threshold in self.options.thresholds:
+            if self.is_late():
+                yield {"threshold": threshold} | self.late
+                continue
             losses = evaluate(self.model, self.held_out, setting, self.everywhere(math.log(threshold)))
             yield {"threshold": threshold} | self.figures(losses)
 
@@ -204,13 +226,20 @@ class Study:
         """One row for each wanted share."""
         counts = self.margins[setting]
         largest = study_allocation.Reach.of(counts).largest
-        groups, shares_of = self.allocation(setting, name)
+        try:
+            groups, shares_of = self.allocation(setting, name)
+        except TimeoutError:
+            yield self.late
+            return
         is_uniform = name == "uniform"
         base = setting._replace(order=VISIT_ORDER) if is_uniform else setting
         for wanted in self.options.shares:
             row: Row = {"wanted": wanted, "largest_share": largest}
             if wanted > largest:
                 yield row | {"skipped": f"no λ below 1 drops more than {largest:.3f}"}
+                continue
+            if self.is_late():
+                yield row | self.late
                 continue
             ln_threshold = study_allocation.ln_thresholds(counts, groups, shares_of(wanted))
             losses = evaluate(self.model, self.held_out, setting, ln_threshold)
@@ -231,8 +260,13 @@ class Study:
         if name == "equal_share":
             return groups, lambda wanted: study_allocation.equal_shares(counts, groups, wanted)
 
+        step = -(-int(self.calibration.bytes.sum()) // SENSITIVITY_BYTES)
+        windows = Windows(self.calibration.ids[::step], self.calibration.bytes[::step])
+
         def loss(ln_threshold: Tensor) -> float:
-            return bits_per_byte(evaluate(self.model, self.calibration, setting, ln_threshold), self.calibration)
+            if self.is_late():
+                raise TimeoutError
+            return bits_per_byte(evaluate(self.model, windows, setting, ln_threshold), windows)
 
         if name == "equal_attention":
             sensitivities = study_allocation.attention_sensitivities(counts, groups)
@@ -258,7 +292,9 @@ class Study:
         """The first window (of decoding its first steps) through the study's attention and through the op that a user
         calls, in the order that the op knows: shares and losses have to be the same but for rounding."""
         setting = setting._replace(order=VISIT_ORDER)
-        length = self.held_out.ids.shape[1] if setting.phase == "prefill" else OP_STEPS
+        length = self.held_out.ids.shape[1]
+        if setting.phase == "decode":
+            length = min(length, max(OP_STEPS, OP_BLOCKS * setting.bc))
         window = Windows(self.held_out.ids[:1, :length], self.held_out.bytes[:1])
         ours = evaluate(self.model, window, setting, self.everywhere(math.log(OP_THRESHOLD)))
         fields = {
@@ -280,19 +316,16 @@ class Study:
 
 
 def priority(name: str, is_first_order: bool, is_first_block: bool) -> int:
-    """Where an allocation comes in the plan: everything is measured for the first order with the first block size; one
-    λ for the whole model is measured for all others as well."""
-    if name == "uniform" and is_first_block:
-        return 0
-    if is_first_order and is_first_block:
-        return 1
-    if is_first_order and name in ("uniform", "fixed"):
-        return 2
-    if is_first_block and name == "fixed":
-        return 3
+    """Where an allocation comes in the plan: all orders with one λ, then all allocations of the first order, both with
+    the first block size; then the other block sizes, and λ as given."""
     if name == "uniform":
-        return 4
-    return 5 if is_first_block else LEFT_OUT
+        return 0 if is_first_block else 3 if is_first_order else 6
+    if name == "fixed":
+        return 4 if is_first_order and is_first_block else 5 if is_first_order or is_first_block else LEFT_OUT
+    if not is_first_block:
+        return LEFT_OUT
+    is_measured = name.startswith("loss")  # for each group, which takes its time
+    return 7 if not is_first_order else 2 if is_measured else 1
 
 
 @torch.no_grad()

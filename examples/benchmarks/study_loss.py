@@ -84,7 +84,7 @@ def evaluate(model: PreTrainedModel, windows: Windows, setting: Setting, ln_thre
         # flat: over classes in the middle of a tensor torch sums less exactly
         nats = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         nats = nats.view(len(ids), -1).sum(1)
-        parts.append(torch.stack([nats, *skip.counts]).double().cpu())
+        parts.append(torch.stack([nats.double(), *skip.counts.double()]).cpu())
     return Losses(*torch.cat(parts, 1).numpy())
 
 

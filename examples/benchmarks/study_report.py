@@ -66,6 +66,8 @@ def heading(rows: Rows) -> list[str]:
         "(95 %) are from a bootstrap over the held-out windows.",
         "",
     ]
+    if "training" in row:
+        lines += [f"The study trained it itself: {row['training']}.", ""]
     checks = [
         f"- Check, {op['phase']}, {block(op)}, λ {op['threshold']:g}, first window: {op['share']:.4f} dropped and "
         f"{op['bits_per_byte']:.5g} bits per token through the op, {study['share']:.4f} and "

@@ -7,6 +7,7 @@ is trained through `fa_ops`, as examples/train_small_lm.py trains its own.
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ PRESET = train_small_lm.Preset(512, 1408, 12, 8, 2, context=8192, batch_size=4, 
 MOST_BYTES = 1 << 28  # of text: more than ten minutes can read
 
 
+@cache
 def documents(source: Path | None, with_installed: bool) -> list[Document]:
     """Of a file or folder, or the standard library's; with_installed adds the sources of the installed packages."""
     if source is not None:
@@ -26,7 +28,7 @@ def documents(source: Path | None, with_installed: bool) -> list[Document]:
     found = stdlib_documents()
     if with_installed:
         root, size = Path(sysconfig.get_paths()["purelib"]), 0
-        for path in sorted(root.rglob("*.py")):
+        for path in filter(Path.is_file, sorted(root.rglob("*.py"))):
             size += path.stat().st_size
             if size > MOST_BYTES:
                 break
@@ -47,7 +49,12 @@ def train(source: Path | None, output: Path, preset: train_small_lm.Preset, minu
         return training_batches(pieces, preset.batch_size, train_small_lm.SEED)
 
     compiled = torch.compile(model, fullgraph=True)
-    history = train_small_lm.train(compiled, batches(), preset, minutes, steps)
+    history = train_small_lm.train(compiled, batches(), preset, minutes, steps, float32_steps=0)
+    model.config.study_training = (
+        f"{len(history.losses)} steps over {sum(history.tokens) / 1e6:.1f} MB of {sum(map(len, pieces)) / 1e6:.1f} MB "
+        f"of text in {history.seconds[-1]:.0f} s, the first step {history.seconds[0]:.0f} s"
+    )
     model.save_pretrained(output)
+    print(f"{model.config.study_training}; {history.tokens_per_second():,.0f} bytes per second", file=sys.stderr)
     last = history.losses[-50:]
     return sum(last) / len(last) / torch.log(torch.tensor(2.0)).item()

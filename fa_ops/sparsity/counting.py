@@ -153,8 +153,10 @@ def block_margins(
     """
     (br, bc), (rows, keys) = block, mask.shape
     padding = (0, -keys % bc, 0, -rows % br)
-    scores = torch.nn.functional.pad(scores, padding, value=-torch.inf).unflatten(-1, (-1, bc))
-    votes = torch.nn.functional.pad(mask, padding, value=False).unflatten(-1, (-1, bc))
+    if any(padding):  # an empty one would copy
+        scores = torch.nn.functional.pad(scores, padding, value=-torch.inf)
+        mask = torch.nn.functional.pad(mask, padding, value=False)
+    scores, votes = scores.unflatten(-1, (-1, bc)), mask.unflatten(-1, (-1, bc))
     largest = scores.amax(-1).unflatten(1, (-1, br))
     visited, margins = margins_of_blocks(largest, votes.any(-1).unflatten(0, (-1, br)), order, segment)
     return margins, visited

@@ -89,7 +89,7 @@ def test_a_model_that_drops_nothing_is_said_to_run_dense(example, flags, monkeyp
     monkeypatch.setitem(example.SPARSE_ATTENTIONS, "skip_softmax", never)
     monkeypatch.setattr(example, "QUALITY_THRESHOLDS", (1e-30,))
     drawn = []
-    monkeypatch.setattr(example, "plot_quality", lambda *args, **kwargs: drawn.append(args))
+    monkeypatch.setattr("fa_ops.sparsity.plots.plot_quality", lambda *args, **kwargs: drawn.append(args))
     assert example.main(flags) == 0
     ((shares, losses, dense_loss, _),) = drawn
     assert shares == [0]

@@ -1,6 +1,7 @@
 """`examples/benchmarks/sparsity_study.py`: its attention is the op's, its arithmetic, a run on a tiny model."""
 
 import importlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -189,6 +190,17 @@ def test_the_time_limit_is_reported(study, checkpoint):
     assert (
         "not run: the time limit of -1 s had passed: 22 rows" in (checkpoint.parent / "sparsity-study.md").read_text()
     )
+
+
+def test_the_time_limit_ends_rows_and_allocations_midway(study, checkpoint, monkeypatch):
+    """It passes at a check within the losses by layer."""
+    calls = itertools.count()
+    monkeypatch.setattr(study.sparsity_study.Study, "is_late", lambda self: next(calls) >= 6)
+    options = ["--orders", "first_then_descending", "--blocks", "16x16", "--phases", "prefill", "--shares", "0.02"]
+    assert study.sparsity_study.main(arguments(checkpoint, *options)) == 0
+    rows = study.study_report.read(checkpoint.parent / "sparsity-study.csv")
+    skipped = {row["allocation"] for row in rows if "skipped" in row}
+    assert skipped == {"loss_by_layer", "fixed"}
 
 
 @pytest.mark.parametrize(
