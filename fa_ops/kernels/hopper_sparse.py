@@ -19,8 +19,8 @@ through `tile_smem`, two slots with a barrier each, tile_full (1 arrival). Tiles
 
 The barriers of Q, K and V are those of hopper.py, where K and V have slots of their own number and two differ:
 
-    k_empty[s] a warp group arrives once it has decided on the slot's block, and has written down in `wanted_smem`
-               whether it keeps it; so the producer knows of K_STAGES blocks before the one that it asks K for
+    k_empty[s] a warp group arrives once its warps have voted on the slot's block, and have written their votes down in
+               `votes_smem`; so the producer knows of K_STAGES blocks before the one that it asks K for
     v_full[s]  where no warp group wants the block, the producer arrives and copies nothing
 
 The producer asks for V of block i after K of block i + K_STAGES - 1, so it knows whether block i - 1 was wanted. If it
@@ -86,21 +86,45 @@ def _take(tile_smem, tile_full, tiles):
 
 
 @gluon.jit
-def _is_wanted(wanted_smem, slot):
-    """Whether a warp group said of the block in this slot of K that it keeps it."""
+def _is_kept(votes_smem, slot, CONSUMER: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Whether a warp of the warp group voted for the block in this slot of K; asked by NUM_WARPS warps."""
+    votes = votes_smem.index(slot * CONSUMERS + CONSUMER).slice(0, 1)
+    votes = votes.load(gl.BlockedLayout([1, 4], [32, 1], [NUM_WARPS, 1], [1, 0]))
+    return gl.max(gl.reshape(votes, [4]), 0) != 0
+
+
+@gluon.jit
+def _is_wanted(votes_smem, slot):
+    """Whether a warp group keeps the block in this slot of K."""
     is_wanted = False
     for c in gl.static_range(CONSUMERS):
-        said = wanted_smem.index(slot * CONSUMERS + c).load(gl.BlockedLayout([1], [32], [1], [0]))
-        is_wanted = is_wanted | (gl.max(said, 0) != 0)
+        is_wanted = is_wanted | _is_kept(votes_smem, slot, c, 1)
     return is_wanted
 
 
 @gluon.jit
-def _release_key(k_empty, wanted_smem, slot, is_kept, CONSUMER: gl.constexpr):
-    """The scores are there, and this is whether the values are wanted."""
-    said = gl.full([1], gl.cast(is_kept, gl.int32), gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-    wanted_smem.index(slot * CONSUMERS + CONSUMER).store(said)
+def _release_key(k_empty, votes_smem, slot, keeps, CONSUMER: gl.constexpr):
+    """The scores are there, and these are the rows' votes for the values. Returns whether there is one.
+
+    A warp has 16 of the rows, a thread two of them: they vote in one instruction, where a maximum over rows would take
+    three shuffles.
+    """
+    votes = gl.inline_asm_elementwise(
+        """{
+            .reg .pred p;
+            .reg .b32 t;
+            or.b32 t, $2, $3;
+            setp.ne.b32 p, t, 0;
+            vote.sync.any.pred p, p, 0xffffffff;
+            selp.b32 $0, 1, 0, p;
+            mov.b32 $1, $0;
+        }""",
+        "=r,=r,r,r", [keeps.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
+    votes_smem.index(slot * CONSUMERS + CONSUMER).store(gl.permute(gl.reshape(votes, [4, 16]), [1, 0]))
+    is_kept = _is_kept(votes_smem, slot, CONSUMER, 4)
     mbarrier.arrive(k_empty.index(slot))
+    return is_kept
 
 
 @gluon.jit
@@ -108,7 +132,7 @@ def _produce(
     shared, tile_slots, work, inputs, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     VISIT_ORDER: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
     q_desc, k_desc, v_desc, group_size = inputs
@@ -139,7 +163,7 @@ def _produce(
                     slot = block % K_STAGES
                     mbarrier.wait(k_empty.index(slot), ((block // K_STAGES) & 1) ^ 1)
                     # before the first use of a slot nothing is written there: the guess may be wrong then, too
-                    is_likely = _is_wanted(wanted_smem, slot)
+                    is_likely = _is_wanted(votes_smem, slot)
                     n0 = visit(step, num_blocks, VISIT_ORDER) * BLOCK_N
                     _copy(k_desc, end_k, len_k, n0, head_kv, k_full.index(slot), k_smem.index(slot))
                 behind = step - (K_STAGES - 1)
@@ -149,7 +173,7 @@ def _produce(
                     if (behind > 0) & (is_likely == 0):
                         slot = block % K_STAGES
                         mbarrier.wait(k_empty.index(slot), (block // K_STAGES) & 1)
-                        is_wanted = _is_wanted(wanted_smem, slot)
+                        is_wanted = _is_wanted(votes_smem, slot)
                     slot = block % V_STAGES
                     mbarrier.wait(v_empty.index(slot), ((block // V_STAGES) & 1) ^ 1)
                     if is_wanted:
@@ -168,7 +192,7 @@ def _decide(
     s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold, m_before, m_first,
     layout: gl.constexpr, BLOCK_N: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """(s, whether the block is kept, m_before) of a block's scores, which are masked here."""
+    """(s, whether each row keeps the block, m_before) of a block's scores, which are masked here."""
     n0 = block * BLOCK_N
     if block >= num_full:
         s = _mask(s, offs_m, n0, len_q, len_k, window_right, layout, BLOCK_N, HAS_RIGHT)
@@ -177,16 +201,7 @@ def _decide(
     margins, has_vote, m_before, _, _ = row_margins(
         s_max, offs_m, n0, len_q, softmax_scale, m_before, m_first, segment, False
     )
-    keeps = has_vote & ((margins < log_threshold) == 0)
-    return s, _any_row(keeps), m_before
-
-
-@gluon.jit
-def _any_row(condition):
-    """Whether it holds in any of a warp group's rows: of each warp's 16 by shuffles, then of the warps."""
-    of_warp = gl.max(gl.reshape(condition.to(gl.int32), [4, 16]), 1)
-    of_each = gl.convert_layout(of_warp, gl.BlockedLayout([4], [32], [4], [0]))
-    return gl.max(of_each, 0) != 0
+    return s, has_vote & ((margins < log_threshold) == 0), m_before
 
 
 @gluon.jit
@@ -215,8 +230,9 @@ def _write_down(bits_row_ptr, word, num_kept, block, is_kept):
     """The word that the block's bit lies in, stored with the lowest of its blocks, and the number kept so far."""
     bit = block % BITS_PER_WORD
     word = word | (is_kept.to(gl.int32) << bit)
-    gl.store(bits_row_ptr + block // BITS_PER_WORD, word, mask=bit == 0)
-    word = gl.where(bit == 0, 0, word)
+    if bit == 0:
+        gl.store(bits_row_ptr + block // BITS_PER_WORD, word)
+        word = 0
     return word, num_kept + is_kept.to(gl.int32)
 
 
@@ -226,7 +242,7 @@ def _consume(
     CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
     softmax_scale, window_right = numbers
@@ -264,8 +280,7 @@ def _consume(
         slot_k = blocks % K_STAGES
         mbarrier.wait(k_full.index(slot_k), (blocks // K_STAGES) & 1)
         s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-        is_kept = num_blocks > 0
-        _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
+        is_kept = _release_key(k_empty, votes_smem, slot_k, offs_m >= 0, CONSUMER)
         s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
         m_first = gl.max(s, 1)
         m_before = m_first
@@ -282,11 +297,11 @@ def _consume(
             product = warpgroup_mma(p, _rows(v_smem.index(blocks % V_STAGES)), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[scores])
             blocks += 1
-            s, is_kept, m_before = _decide(
+            s, keeps, m_before = _decide(
                 s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                 m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
             )  # fmt: skip
-            _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
+            is_kept = _release_key(k_empty, votes_smem, slot_k, keeps, CONSUMER)
             word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             while (is_kept == 0) & (block > 1):
                 block -= 1
@@ -296,11 +311,11 @@ def _consume(
                 slot_k = (blocks + 1) % K_STAGES
                 mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
                 s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-                s, is_kept, m_before = _decide(
+                s, keeps, m_before = _decide(
                     s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
-                _release_key(k_empty, wanted_smem, slot_k, is_kept, CONSUMER)
+                is_kept = _release_key(k_empty, votes_smem, slot_k, keeps, CONSUMER)
                 # as late as can be: V of the block before, if anybody's, needs the others' decisions
                 mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
                 blocks += 1
@@ -388,12 +403,12 @@ def hopper_sparse_forward_kernel(
     for slot in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(v_empty.index(slot), count=CONSUMERS)
-    flag: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    wanted_smem = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 1], flag)
+    votes: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    votes_smem = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 16, 4], votes)
     tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
-    shared = (q_smem, k_smem, v_smem, wanted_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    shared = (q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_right)

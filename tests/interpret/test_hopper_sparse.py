@@ -201,7 +201,7 @@ FAULTS = {
         "                        mbarrier.wait(k_empty.index(slot), (block // K_STAGES) & 1)\n",
         "",
     ),
-    "one_warp_group_decides_for_both": ("is_wanted | (gl.max", "(gl.max"),
+    "one_warp_group_decides_for_both": ("is_wanted | _is_kept", "_is_kept"),
     "k_is_released_before_its_use": (
         "            s = warpgroup_mma_wait(1, deps=[scores])\n",
         "            mbarrier.arrive(k_empty.index(slot_k))\n            s = warpgroup_mma_wait(1, deps=[scores])\n",
@@ -214,7 +214,7 @@ FAULTS = {
     "a_segment_too_late": ("segment = (n0 + BLOCK_N) //", "segment = n0 //"),
     "rows_behind_the_end_vote": ("s_max, offs_m, n0, len_q", "s_max, offs_m - ROWS, n0, len_q"),
     "a_block_too_many_is_counted": ("(end + BLOCK_N - 1) // BLOCK_N", "(end + BLOCK_N) // BLOCK_N"),
-    "a_word_is_not_emptied": ("    word = gl.where(bit == 0, 0, word)\n", ""),
+    "a_word_is_not_emptied": ("        word = 0\n    return", "    return"),
 }
 
 

@@ -129,6 +129,9 @@ class _Shared:
     def reshape(self, shape) -> "_Shared":
         return _Shared(self.values.view(tuple(shape)))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> "_Shared":
+        return _Shared(self.values.narrow(dim, start, length))
+
     def permute(self, order) -> "_Shared":
         return _Shared(self.values.permute(order))
 
@@ -238,7 +241,8 @@ class _Program:
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             convert_layout=same, cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
-            expand_dims=torch.unsqueeze, reshape=torch.reshape, where=_where, maximum=_maximum, minimum=min,
+            expand_dims=torch.unsqueeze, reshape=torch.reshape, permute=torch.permute,
+            inline_asm_elementwise=_vote, where=_where, maximum=_maximum, minimum=min,
             cdiv=lambda x, y: -(-x // y),
             max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
             exp2=torch.exp2, log=lambda x: torch.log(torch.as_tensor(x)),
@@ -373,6 +377,13 @@ def _store(pointer: _Pointer, value: Any, mask: Any) -> None:
     if not value.is_floating_point():
         value = value.to(pointer.memory.dtype)  # the widths of integers do not exist
     pointer.memory[at] = value[mask]
+
+
+def _vote(asm: str, constraints: str, args: list[Tensor], **options) -> Tensor:
+    """The one instruction that is known here: in each of a warp's 16 rows, whether the number of any is not 0."""
+    assert "vote.sync.any" in asm
+    (rows,) = args
+    return rows.view(-1, 16).any(1).to(rows.dtype).repeat_interleave(16)
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
