@@ -9,21 +9,19 @@ fails or differs. README.md beside this says how each figure is measured.
 
 import argparse
 import copy
-import csv
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from comparing import error_text, relative_difference
-from environment import describe, device_kind, version
-from report import Row, write_csv
+from model_rows import footnote, heading, parse, record, row_key
+from report import Row
 from timing import Clock, CpuClock, CudaClock, interleave, summary
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
@@ -66,8 +64,6 @@ COLUMNS = (
     "device", "card", "clocks", "threads", "python", "torch", "triton", "transformers", "cuda", "cudnn", "driver",
     "commit", "date",
 )  # fmt: skip
-CELL = ("task", "layout", "length", "batch", "compile")
-SETTING = ("device", "card", "torch", "triton", "transformers", "commit")
 
 
 @dataclass(frozen=True)
@@ -107,40 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments, __doc__)
     rows = record("models", options, bench, COLUMNS, add_ratios, markdown)
     return int(any(row["impl"] == OURS and row.get("error") for row in rows))
-
-
-def record(
-    name: str,
-    options: argparse.Namespace,
-    bench: Callable[[argparse.Namespace, list[Row]], Iterator[Row]],
-    columns: Sequence[str],
-    add_ratios: Callable[[list[Row]], None],
-    markdown: Callable[[list[Row], Row], str],
-) -> list[Row]:
-    """Writes the rows of `bench` as they come, and their table at the end; `bench` also gets those of an earlier run."""
-    setting = describe(options.device) | {"transformers": version("transformers")}
-    path = options.output / f"{name}-{'quick-' if options.quick else ''}{device_kind(options.device)}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    done = finished_rows(path.with_suffix(".csv"), setting) if options.resume else []
-    rows: list[Row] = []
-    for row in bench(options, done):
-        rows.append(setting | row)
-        add_ratios(rows)
-        write_csv(rows, path.with_suffix(".csv"), columns)  # each time: what a limit from outside ends can be resumed
-    path.with_suffix(".md").write_text(markdown(rows, setting))
-    print(path.with_suffix(".md").read_text())
-    return rows
-
-
-def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and tiny lengths, to see the script work")
-    parser.add_argument("--resume", action="store_true", help="keep what the CSV has of this commit, card and "
-                        "versions, and go on where the time limit ended it")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    parser.add_argument("--time-limit", type=float, default=270, help="seconds after which no further cell is begun")
-    return parser.parse_args(arguments)
 
 
 def cells(quick: bool) -> list[tuple[str, Workload]]:
@@ -372,10 +334,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def row_key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in (*CELL, "impl"))
-
-
 def add_ratios(rows: list[Row]) -> None:
     """ours_over_impl: the speed of modelopt_triton over that of the row's implementation, from medians."""
     medians = {row_key(row): float(row["median_ms"]) for row in rows if row.get("median_ms")}
@@ -383,17 +341,6 @@ def add_ratios(rows: list[Row]) -> None:
         ours = medians.get(row_key(row | {"impl": OURS}))
         if ours and row_key(row) in medians:
             row["ours_over_impl"] = medians[row_key(row)] / ours
-
-
-def finished_rows(path: Path, setting: Row) -> list[Row]:
-    """The rows of an earlier run of the same commit, card and versions that the time limit had not cut off."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [
-        row for row in rows if "skipped" not in row and all(row.get(name, "") == str(setting[name]) for name in SETTING)
-    ]
 
 
 def markdown(rows: list[Row], setting: Row) -> str:
@@ -414,11 +361,6 @@ def markdown(rows: list[Row], setting: Row) -> str:
     return "\n".join(lines + [f"- [{n}] {text}" for n, text in enumerate(reasons, 1)]) + "\n"
 
 
-def heading(setting: Row) -> str:
-    about = ("date", "card", "driver", "torch", "triton", "transformers", "commit")
-    return ", ".join(f"{name} {setting[name]}" for name in about if setting[name])
-
-
 def figure(row: Row, reasons: list[str]) -> str:
     text = ""
     if row.get("median_ms"):
@@ -426,16 +368,6 @@ def figure(row: Row, reasons: list[str]) -> str:
         if row["impl"] != OURS and row.get("ours_over_impl"):
             text += f" ({float(row['ours_over_impl']):.2f})"
     return f"{text} {footnote(row, reasons)}".strip()
-
-
-def footnote(row: Row, reasons: list[str]) -> str:
-    """The number, among the reasons, of why a row has no figure or is not to be believed."""
-    why = row.get("error") or row.get("skipped")
-    if not why:
-        return ""
-    if why not in reasons:
-        reasons.append(why)
-    return f"[{reasons.index(why) + 1}]"
 
 
 if __name__ == "__main__":

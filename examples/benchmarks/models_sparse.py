@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from attention_time import attention_milliseconds, marked_attention
 from comparing import relative_difference
+from model_rows import footnote, heading, parse, record, row_key
 from models import (
     LLAMA,
     OURS,
@@ -34,16 +35,11 @@ from models import (
     bench_cell,
     clock_of,
     compiled,
-    footnote,
     free_memory,
-    heading,
     make_model,
     measure,
-    parse,
     reason,
-    record,
     reference_logits,
-    row_key,
     with_attention,
 )
 from report import Row
@@ -268,20 +264,20 @@ TABLE_HEAD = (
 
 def cells_of(row: Row, reasons: list[str]) -> list[str]:
     def number(column: str, form: str) -> str:
-        return format(float(row[column]), form) if row.get(column) else ""
+        return format(float(row[column]), form) if row.get(column, "") != "" else ""
 
-    def speeds(what: str) -> str:
-        given = [number(f"{what}_over_{impl}", ".2f") or "–" for impl in IMPLS]
-        return f" ({', '.join(given)})" if any(given) else ""
+    def figure(column: str, what: str) -> str:
+        speeds = ", ".join(number(f"{what}_over_{impl}", ".2f") or "–" for impl in IMPLS)
+        return f"{number(column, '.4g')} ({speeds})" if row.get(column) else ""
 
     difference = "difference_from_dense" if row.get("wanted") else "difference"
     return [
         row["impl"],
         number("threshold", ".2g"),
         number("share", ".1%"),
-        f"{number('median_ms', '.4g')}{speeds('speed') if row.get('median_ms') else ''} {footnote(row, reasons)}".strip(),
+        f"{figure('median_ms', 'speed')} {footnote(row, reasons)}".strip(),
         number("tokens_per_s", ".4g"),
-        f"{number('attention_ms', '.4g')}{speeds('attention') if row.get('attention_ms') else ''}",
+        figure("attention_ms", "attention"),
         number(difference, ".1e"),
     ]
 
