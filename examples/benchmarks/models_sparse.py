@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from models import (
     TINY,
     Decoding,
     Prefill,
-    Prepare,
     Workload,
     bench_cell,
     clock_of,
@@ -153,13 +151,17 @@ class Cells:
 
     def __init__(self, models: dict[str, LlamaForCausalLM], workload: TextWorkload):
         self.models, self.workload = models, workload
-        free_memory()
-        self.prepare: Prepare = partial(Prefill, workload=workload)
-        if workload.task == "decode":
-            cache, ids = text_cache(models[REFERENCE], workload)
-            self.prepare = partial(TextDecoding, cache=cache, ids=ids, capacity=workload.length)
-        self.reference = reference_logits(models[REFERENCE], self.prepare)
+        self.past: tuple[StaticCache, Tensor] | None = None
         self.sparse_call: Any = None
+        torch.compiler.reset()
+        self.reference = reference_logits(models[REFERENCE], self.prepare)
+
+    def prepare(self, model: LlamaForCausalLM, call: Any) -> Prefill | TextDecoding:
+        if self.workload.task == "prefill":
+            return Prefill(model, call, self.workload)
+        if self.past is None:
+            self.past = text_cache(self.models[REFERENCE], self.workload)
+        return TextDecoding(model, call, *self.past, self.workload.length)
 
     def measured(self, columns: Row) -> Row:
         if "wanted" in columns:
