@@ -94,7 +94,7 @@ class TextDecoding(Decoding):
 
 def workloads(quick: bool) -> list[TextWorkload]:
     """The most telling first."""
-    sizes = [("prefill", 512, 2), ("decode", 512, 4)]
+    sizes = [("prefill", 512, 1), ("decode", 512, 4)]
     if not quick:
         sizes = [("prefill", 32768, 1), ("decode", 16384, 64), ("prefill", 8192, 2)]
     return [TextWorkload(task, "equal", length, batch) for task, length, batch in sizes]
