@@ -71,6 +71,9 @@ class TextWorkload(Workload):
         generator = torch.Generator(model.device).manual_seed(0)
         return [structured_ids(length, model, generator) for length in self.lengths]
 
+    def columns(self, mode: str, impl: str) -> Row:
+        return super().columns(mode, impl) | {"cache": "static" if self.task == "decode" else "none"}
+
     @property
     def new_tokens(self) -> int:
         """Of a forward."""
@@ -139,11 +142,13 @@ def make_models(sizes: dict[str, int], device: str, block: tuple[int, int]) -> d
 
 
 def planned(workload: TextWorkload, block: tuple[int, int]) -> list[Row]:
-    rows = [workload.columns(MODE, impl) for impl in IMPLS]
-    for wanted in SHARES:
-        own = {"br": block[0], "bc": block[1], "wanted": wanted}
-        rows.append(workload.columns(MODE, f"{OURS}, {wanted:.0%} dropped") | own)
-    return [row | {"cache": "none" if workload.task == "prefill" else "static"} for row in rows]
+    """The rows of a workload before anything of it has run, the most telling first."""
+    dense = [workload.columns(MODE, impl) for impl in IMPLS]
+    sparse = [
+        workload.columns(MODE, f"{OURS}, {wanted:.0%} dropped") | {"br": block[0], "bc": block[1], "wanted": wanted}
+        for wanted in SHARES
+    ]
+    return [*dense[:2], *sparse, *dense[2:]]
 
 
 class Cells:
@@ -184,7 +189,7 @@ class Cells:
             row["threshold"], row["share"] = bisect_threshold(self.share_of, wanted)
             row["search_s"] = time.monotonic() - start
             if row["share"] < wanted - SHARE_TOLERANCE:
-                return row | {"skipped": f"no λ below 1 drops more than {row['share']:.3f}"}
+                return row | {"skipped": f"no λ was found that drops more than {row['share']:.3f}"}
             mtsa.set_thresholds(model, {self.workload.task: [row["threshold"]]})
             with torch.no_grad():
                 eager = self.prepare(model, model)().clone()
