@@ -9,22 +9,22 @@ fails or differs. README.md beside this says how each figure is measured.
 
 import argparse
 import copy
-import csv
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from comparing import error_text, relative_difference
-from environment import describe, device_kind, version
-from report import Row, write_csv
+from model_rows import footnote, heading, parse, record, row_key
+from report import Row
 from timing import Clock, CpuClock, CudaClock, interleave, summary
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import fa_ops
 
@@ -64,23 +64,32 @@ COLUMNS = (
     "device", "card", "clocks", "threads", "python", "torch", "triton", "transformers", "cuda", "cudnn", "driver",
     "commit", "date",
 )  # fmt: skip
-CELL = ("task", "layout", "length", "batch", "compile")
-SETTING = ("device", "card", "torch", "triton", "transformers", "commit")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A prefill of `batch` sequences of different lengths, the first of which is `length` and the others at least half
-    of it, padded on the left or packed into one row; or one decoding step behind as many cached tokens."""
+    """A prefill of `batch` sequences of equal lengths; or of different ones, the first of which is `length` and the
+    others at least half of it, padded on the left or packed into one row; or one decoding step behind as many cached
+    tokens."""
 
     task: str  # "prefill" or "decode"
-    layout: str  # "padded" or "packed"
+    layout: str  # "equal", "padded" or "packed"
     length: int
     batch: int
 
     @property
     def lengths(self) -> list[int]:
+        if self.layout == "equal":
+            return [self.length] * self.batch
         return [self.length - row * self.length // (2 * self.batch) for row in range(self.batch)]
+
+    def documents(self, model: PreTrainedModel) -> list[Tensor]:
+        """Token ids of each sequence."""
+        generator = torch.Generator(model.device).manual_seed(0)
+        return [
+            torch.randint(model.config.vocab_size, (length,), generator=generator, device=model.device)
+            for length in self.lengths
+        ]
 
     def columns(self, mode: str, impl: str) -> Row:
         cache = {"prefill": "none", "decode": "dynamic" if mode == "eager" else "static"}[self.task]
@@ -91,30 +100,9 @@ class Workload:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    setting = describe(options.device) | {"transformers": version("transformers")}
-    path = options.output / f"models-{'quick-' if options.quick else ''}{device_kind(options.device)}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    done = finished_rows(path.with_suffix(".csv"), setting) if options.resume else []
-    rows: list[Row] = []
-    for row in bench(options, done):
-        rows.append(setting | row)
-        add_ratios(rows)
-        write_csv(rows, path.with_suffix(".csv"), COLUMNS)  # each time: what a limit from outside ends can be resumed
-    path.with_suffix(".md").write_text(markdown(rows, setting))
-    print(path.with_suffix(".md").read_text())
+    options = parse(arguments, __doc__)
+    rows = record("models", options, bench, COLUMNS, add_ratios, markdown)
     return int(any(row["impl"] == OURS and row.get("error") for row in rows))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and tiny lengths, to see the script work")
-    parser.add_argument("--resume", action="store_true", help="keep what the CSV has of this commit, card and "
-                        "versions, and go on where the time limit ended it")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
-    parser.add_argument("--time-limit", type=float, default=270, help="seconds after which no further cell is begun")
-    return parser.parse_args(arguments)
 
 
 def cells(quick: bool) -> list[tuple[str, Workload]]:
@@ -143,28 +131,33 @@ def bench(options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
                 yield columns | {"skipped": f"not run: the time limit of {options.time_limit:g} s had passed"}
             else:
                 print(*columns.values(), file=sys.stderr, flush=True)
+                prepare = partial(TASKS[workload.task], workload=workload)
                 if workload not in references:
-                    references[workload] = reference_logits(models[REFERENCE], workload)
-                yield columns | bench_cell(models[impl], workload, mode, references[workload])
+                    references[workload] = reference_logits(models[REFERENCE], prepare)
+                yield columns | bench_cell(models[impl], prepare, mode, references[workload], measure)
 
 
 def make_models(sizes: dict[str, int], device: str) -> dict[str, PreTrainedModel]:
     """One model for each implementation; they share their weights, which are random."""
-    fa_ops.register_triton_attention()
-    config = LlamaConfig(
-        **sizes,
-        max_position_embeddings=2 * max(PREFILL_BATCH),
-        initializer_range=1.75 * sizes["hidden_size"] ** -0.5,  # scores of deviation 3: attention tells keys apart
-    )
+    spread = 1.75 * sizes["hidden_size"] ** -0.5  # scores of deviation 3: attention tells keys apart
+    model = make_model(sizes, device, initializer_range=spread)
+    return {impl: with_attention(model, impl) for impl in IMPLS}
+
+
+def make_model(sizes: dict[str, int], device: str, **fields: Any) -> LlamaForCausalLM:
+    """bfloat16, of random weights; `fields` are further ones of its configuration."""
+    config = LlamaConfig(**sizes, max_position_embeddings=2 * max(PREFILL_BATCH), **fields)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    weights = {id(parameter): parameter for parameter in model.parameters()}
-    models = {}
-    for impl in IMPLS:
-        models[impl] = copy.deepcopy(model, dict(weights))
-        models[impl].set_attn_implementation(impl)
-    return models
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def with_attention(model: LlamaForCausalLM, impl: str) -> LlamaForCausalLM:
+    """A model that shares the weights and has the attention implementation."""
+    fa_ops.register_triton_attention()
+    made = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    made.set_attn_implementation(impl)
+    return made
 
 
 class Prefill:
@@ -173,33 +166,24 @@ class Prefill:
     calls = 1  # of a sample
 
     def __init__(self, model: PreTrainedModel, call: Callable, workload: Workload):
-        self.call = call
-        self.arguments = (packed if workload.layout == "packed" else padded)(workload, model)
+        self.model, self.call = model, call
+        self.arguments = ARGUMENTS[workload.layout](workload, model)
 
     def __call__(self) -> Tensor:
         return self.call(**self.arguments, use_cache=False).logits.flatten(0, 1)
 
 
 class Decoding:
-    """One decoding step after another, as in `generate`: with a growing cache in eager mode, a static one compiled."""
+    """One decoding step after another, as in `generate`, making of its inputs and of the mask included.
+
+    `ids` (B, 1) are the tokens of every step, `mask` (B, capacity) is 0 for padding; `seen` tokens are in the cache.
+    """
 
     calls = STEPS
 
-    def __init__(self, model: PreTrainedModel, call: Callable, workload: Workload):
+    def __init__(self, model: PreTrainedModel, call: Callable, cache: Cache, ids: Tensor, mask: Tensor, seen: int):
         self.model, self.call = model, call
-        self.seen, capacity = workload.length, workload.length + STEPS * (MAX_ROUNDS + 3)
-        is_eager = call is model
-        self.cache = DynamicCache(config=model.config) if is_eager else StaticCache(model.config, capacity)
-        generator = torch.Generator(model.device).manual_seed(0)
-        shape = (workload.batch, model.config.num_key_value_heads, workload.length, model.config.head_dim)
-        for layer in range(model.config.num_hidden_layers):
-            key, value = (
-                torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
-            )
-            self.cache.update(key, value, layer)
-        pads = workload.length - torch.tensor(workload.lengths, device=model.device)
-        self.mask = (torch.arange(capacity, device=model.device) >= pads[:, None]).long()
-        self.ids = torch.randint(model.config.vocab_size, (workload.batch, 1), generator=generator, device=model.device)
+        self.cache, self.ids, self.mask, self.seen = cache, ids, mask, seen
 
     def __call__(self) -> Tensor:
         self.seen += 1
@@ -215,22 +199,35 @@ class Decoding:
         return self.call(**inputs).logits[:, -1]
 
 
-TASKS: dict[str, Callable[..., Prefill | Decoding]] = {"prefill": Prefill, "decode": Decoding}
-
-
-def documents(workload: Workload, model: PreTrainedModel) -> list[Tensor]:
+def random_past(model: PreTrainedModel, call: Callable, workload: Workload) -> Decoding:
+    """Decoding behind random keys and values: in a growing cache in eager mode, a static one compiled."""
+    capacity = workload.length + STEPS * (MAX_ROUNDS + 3)
+    cache = DynamicCache(config=model.config) if call is model else StaticCache(model.config, capacity)
     generator = torch.Generator(model.device).manual_seed(0)
-    return [
-        torch.randint(model.config.vocab_size, (length,), generator=generator, device=model.device)
-        for length in workload.lengths
-    ]
+    shape = (workload.batch, model.config.num_key_value_heads, workload.length, model.config.head_dim)
+    for layer in range(model.config.num_hidden_layers):
+        key, value = (torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+    pads = workload.length - torch.tensor(workload.lengths, device=model.device)
+    mask = (torch.arange(capacity, device=model.device) >= pads[:, None]).long()
+    ids = torch.randint(model.config.vocab_size, (workload.batch, 1), generator=generator, device=model.device)
+    return Decoding(model, call, cache, ids, mask, workload.length)
+
+
+Prepare = Callable[[PreTrainedModel, Callable], Prefill | Decoding]  # of a model, and of what is called in its place
+TASKS: dict[str, Callable[..., Prefill | Decoding]] = {"prefill": Prefill, "decode": random_past}
+
+
+def equal(workload: Workload, model: PreTrainedModel) -> Row:
+    """A model's arguments for documents of the same length, without a mask."""
+    return {"input_ids": torch.stack(workload.documents(model)), "logits_to_keep": 1}
 
 
 def padded(workload: Workload, model: PreTrainedModel) -> Row:
     """A model's arguments for documents in rows of their own, padded on the left."""
     ids = torch.zeros(workload.batch, workload.length, dtype=torch.long, device=model.device)
     mask = torch.zeros_like(ids)
-    for row, document in enumerate(documents(workload, model)):
+    for row, document in enumerate(workload.documents(model)):
         ids[row, -len(document) :], mask[row, -len(document) :] = document, 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
@@ -241,41 +238,59 @@ def packed(workload: Workload, model: PreTrainedModel) -> Row:
     positions = [torch.arange(length, device=model.device) for length in workload.lengths]
     ends = torch.tensor(workload.lengths, device=model.device).cumsum(0)
     return {
-        "input_ids": torch.cat(documents(workload, model))[None],
+        "input_ids": torch.cat(workload.documents(model))[None],
         "position_ids": torch.cat(positions)[None],
         "logits_to_keep": ends - 1,
     }
 
 
+ARGUMENTS = {"equal": equal, "padded": padded, "packed": packed}
+
+
 @torch.no_grad()
-def reference_logits(model: PreTrainedModel, workload: Workload) -> Tensor | str:
+def reference_logits(model: PreTrainedModel, prepare: Prepare) -> Tensor | str:
     """What sdpa gives in eager mode, or why it does not."""
     try:
         free_memory()
-        return TASKS[workload.task](model, model, workload)().clone()
+        return prepare(model, model)().clone()
     except Exception as error:
         return f"{REFERENCE}: {reason(error)}"
 
 
-def bench_cell(model: PreTrainedModel, workload: Workload, mode: str, reference: Tensor | str) -> Row:
-    on_cuda = model.device.type == "cuda"
+def bench_cell(
+    model: PreTrainedModel,
+    prepare: Prepare,
+    mode: str,
+    reference: Tensor | str,
+    measure: Callable[[Prefill | Decoding, Tensor | str, Row], None],
+) -> Row:
     row: Row = {}
     try:
         torch.compiler.reset()
         free_memory()
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        run = TASKS[workload.task](model, model if mode == "eager" else torch.compile(model, mode=mode), workload)
-        row |= compared(run, reference) | timed(run, SynchronisedClock() if on_cuda else CpuClock())
-        if on_cuda:
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        measure(prepare(model, compiled(model, mode)), reference, row)
     except Exception as error:
         row["error"] = reason(error)
     return row
 
 
+def compiled(model: PreTrainedModel, mode: str) -> Callable:
+    return model if mode == "eager" else torch.compile(model, mode=mode)
+
+
+def measure(run: Prefill | Decoding, reference: Tensor | str, row: Row, name: str = REFERENCE) -> None:
+    """Compares the logits with those of the reference, whose name it is, then times; adds to the row."""
+    on_cuda = run.model.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    row |= compared(run, reference, name)
+    row |= timed(run, clock_of(run.model))
+    if on_cuda:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+
+
 @torch.no_grad()
-def compared(run: Prefill | Decoding, reference: Tensor | str) -> Row:
+def compared(run: Prefill | Decoding, reference: Tensor | str, name: str) -> Row:
     """The first call, which compiles, and the difference of its logits from the reference's."""
     start = time.monotonic()
     logits = run().clone()
@@ -285,7 +300,7 @@ def compared(run: Prefill | Decoding, reference: Tensor | str) -> Row:
         return row | {"unchecked": reference}
     row["difference"] = relative_difference(logits, reference)
     if not finite or row["difference"] > TOLERANCE:
-        row["error"] = f"differs from {REFERENCE} by {row['difference']:.1e}, more than {TOLERANCE:g}"
+        row["error"] = f"differs from {name} by {row['difference']:.1e}, more than {TOLERANCE:g}"
     return row
 
 
@@ -296,6 +311,10 @@ def timed(run: Prefill | Decoding, clock: Clock) -> Row:
 
     samples = interleave({"": SimpleNamespace(forward=sample)}, "forward", clock, MAX_ROUNDS, SECONDS_PER_CELL)[""]
     return summary([milliseconds / run.calls for milliseconds in samples])
+
+
+def clock_of(model: PreTrainedModel) -> Clock:
+    return SynchronisedClock() if model.device.type == "cuda" else CpuClock()
 
 
 class SynchronisedClock(CudaClock):
@@ -315,10 +334,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def row_key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[column]) for column in (*CELL, "impl"))
-
-
 def add_ratios(rows: list[Row]) -> None:
     """ours_over_impl: the speed of modelopt_triton over that of the row's implementation, from medians."""
     medians = {row_key(row): float(row["median_ms"]) for row in rows if row.get("median_ms")}
@@ -328,22 +343,10 @@ def add_ratios(rows: list[Row]) -> None:
             row["ours_over_impl"] = medians[row_key(row)] / ours
 
 
-def finished_rows(path: Path, setting: Row) -> list[Row]:
-    """The rows of an earlier run of the same commit, card and versions that the time limit had not cut off."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [
-        row for row in rows if "skipped" not in row and all(row.get(name, "") == str(setting[name]) for name in SETTING)
-    ]
-
-
 def markdown(rows: list[Row], setting: Row) -> str:
     """Milliseconds of each implementation in a row for each workload, and the reasons of those that have none."""
-    about = ("date", "card", "driver", "torch", "triton", "transformers", "commit")
     lines = [
-        ", ".join(f"{name} {setting[name]}" for name in about if setting[name]),
+        heading(setting),
         "",
         f"| | compiled | {' | '.join(IMPLS)} |",
         f"|---|---|{'--:|' * len(IMPLS)}",
@@ -364,12 +367,7 @@ def figure(row: Row, reasons: list[str]) -> str:
         text = f"{float(row['median_ms']):.4g}"
         if row["impl"] != OURS and row.get("ours_over_impl"):
             text += f" ({float(row['ours_over_impl']):.2f})"
-    why = row.get("error") or row.get("skipped")
-    if why:
-        if why not in reasons:
-            reasons.append(why)
-        text += f" [{reasons.index(why) + 1}]"
-    return text.strip()
+    return f"{text} {footnote(row, reasons)}".strip()
 
 
 if __name__ == "__main__":

@@ -83,13 +83,7 @@ def prefill_call(model: Any, layout: str, batch: int, length: int) -> Callable[[
     """The model on random tokens; returns the logits behind each sequence."""
     import models
 
-    if layout == "equal":
-        generator = torch.Generator(model.device).manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator, device=model.device)
-        arguments: Row = {"input_ids": ids, "logits_to_keep": 1}
-    else:
-        workload = models.Workload("prefill", layout, length, batch)
-        arguments = (models.packed if layout == "packed" else models.padded)(workload, model)
+    arguments = models.ARGUMENTS[layout](models.Workload("prefill", layout, length, batch), model)
     return lambda: model(**arguments, use_cache=False).logits.flatten(0, 1)
 
 

@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -168,17 +168,20 @@ def dropped_share(case: Case, data: Data, block: tuple[int, int], threshold: flo
 
 
 def find_threshold(case: Case, data: Data, block: tuple[int, int], wanted: float) -> tuple[float, float]:
-    """λ and the share that it drops: by bisection the wanted one, the largest that there is where that is less, and for
-    0 that of NOTHING."""
-    if wanted == 0.0:
-        return NOTHING, dropped_share(case, data, block, NOTHING)
+    """λ and the share that it drops: by bisection the wanted one, and for 0 that of NOTHING."""
+    share_of = partial(dropped_share, case, data, block)
+    return (NOTHING, share_of(NOTHING)) if wanted == 0.0 else bisect_threshold(share_of, wanted)
+
+
+def bisect_threshold(share_of: Callable[[float], float], wanted: float) -> tuple[float, float]:
+    """λ and the share that it drops: the wanted one, or the largest that there is where that is less."""
     low, high = LN_RANGE
-    largest = dropped_share(case, data, block, math.exp(high))
+    largest = share_of(math.exp(high))
     if largest < wanted:
         return math.exp(high), largest
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        share = dropped_share(case, data, block, math.exp(middle))
+        share = share_of(math.exp(middle))
         if abs(share - wanted) <= SHARE_TOLERANCE:
             break
         low, high = (middle, high) if share < wanted else (low, middle)
