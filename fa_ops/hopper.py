@@ -99,15 +99,21 @@ def _are_many_blocks(q: Tensor, k: Tensor, num_seqs: int, skip_blocks: tuple[int
 
 def _unsupported_layout(t: Tensor) -> str | None:
     """What keeps the copy engine from reading t; the batch has to lie a whole number of rows apart."""
-    *batch, stride_t, stride_h, stride_d = t.stride()
-    strides = stride_t, stride_h, *batch
+    shape, strides, offset = t.shape, t.stride(), t.storage_offset()
     elements = ALIGNMENT // t.element_size()
-    if stride_d != 1 or t.storage_offset() % elements or any(s <= 0 or s % elements for s in strides):
-        return f"strides {tuple(t.stride())} at offset {t.storage_offset()}"
-    if batch and batch[0] % stride_t:
-        return f"batch stride {batch[0]} is no multiple of the row stride {stride_t}"
-    batch_rows = max(batch[0] // stride_t, t.shape[1]) if batch else 0
-    if t.shape[-3] + batch_rows * (t.shape[0] - 1) > MAX_ROWS:
+    *outer, stride_d = strides
+    are_whole = stride_d == 1 and offset % elements == 0
+    for stride in outer:
+        are_whole = are_whole and stride > 0 and stride % elements == 0
+    if not are_whole:
+        return f"strides {tuple(strides)} at offset {offset}"
+    rows = shape[-3]
+    if len(outer) == 3:
+        stride_b, stride_t, _ = outer
+        if stride_b % stride_t:
+            return f"batch stride {stride_b} is no multiple of the row stride {stride_t}"
+        rows += max(stride_b // stride_t, rows) * (shape[0] - 1)
+    if rows > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
     return None
 
@@ -148,7 +154,7 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
 
 @functools.cache
 def _descriptor_class() -> Any:
-    """Triton's, without its checks, for which `_for_copy_engine` stands: they would take as long as all of a launch."""
+    """Triton's, without its checks, for which `unsupported` stands: they would take as long as all of a launch."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     class Descriptor(TensorDescriptor):
@@ -187,7 +193,7 @@ def launch(
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = (_for_copy_engine(t) for t in (q, k, v))
+    q, k, v = aligned(q), aligned(k), aligned(v)
     tile = HOPPER_TILES[q.shape[-1]]
     if window_right < 0:
         window_right = rows_q  # hides nothing
@@ -257,16 +263,25 @@ def _batch_rows(t: Tensor) -> int:
     return 0 if t.dim() == 3 else t.stride(0) // t.stride(1)
 
 
-def _for_copy_engine(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t itself, but for a storage that begins at an odd address: no allocator of torch's makes one."""
-    t = t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+
+
+def for_copy_engine(t: Tensor) -> Tensor:
+    """`aligned`, of an argument of an opaque op, which need not be what the caller of the op asked `unsupported` of."""
+    t = aligned(t)
     reason = _unsupported_layout(t)
     if reason is not None:
         raise ValueError(f"modelopt::_varlen_attention_sm90 cannot read a tensor with {reason}")
     return t
 
 
-_library.impl("_varlen_attention_sm90", launch, "CUDA")
+_library.impl(
+    "_varlen_attention_sm90",
+    lambda q, k, v, *rest: launch(for_copy_engine(q), for_copy_engine(k), for_copy_engine(v), *rest),
+    "CUDA",
+)
 torch.library.register_fake(
     "modelopt::_varlen_attention_sm90", lambda q, k, v, *_: outputs.empty_forward(q, v), lib=_library
 )

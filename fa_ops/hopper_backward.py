@@ -92,7 +92,7 @@ def launch(
         return dq, dk, dv, delta
     if hopper._unsupported_layout(dout) is not None:
         dout = dout.clone(memory_format=torch.contiguous_format)
-    q, k, v, dout = (hopper._for_copy_engine(t) for t in (q, k, v, dout))
+    q, k, v, dout = (hopper.for_copy_engine(t) for t in (q, k, v, dout))
     heads, heads_kv, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     dq_tile, dkv_tile = HOPPER_BACKWARD_TILES[head_dim]
     block = dkv_tile.block_n

@@ -50,7 +50,7 @@ def launch(
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
-    q, k, v = (hopper._for_copy_engine(t) for t in (q, k, v))
+    q, k, v = (hopper.for_copy_engine(t) for t in (q, k, v))
     if sum((n - 1) * stride for n, stride in zip(threshold.shape, threshold.stride(), strict=True)) >= 2**31:
         threshold = threshold.contiguous()  # the kernel's indices have 32 bits
     tile = HOPPER_SPARSE_TILES[q.shape[-1]]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._library.triton
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 
 from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse
 from fa_ops.kernels import tier
@@ -414,8 +415,23 @@ def _define_op(name: str, body: Any, fake: Callable) -> Any:
         sourceless: Any = functools.partial(body)
         sourceless.__globals__ = body.__globals__  # where infer_schema looks annotations up
         op = torch.library.triton_op(name, sourceless, mutates_args=())
+        _library.impl(name, _without_wrappers(body), "CUDA")
     op.register_fake(fake)
     return op
+
+
+def _without_wrappers(body: Callable) -> Callable:
+    """What `triton_op` runs on CUDA tensors, but for its search for outputs that are inputs, in the data of all."""
+
+    @torch._disable_dynamo
+    def run(*args: Any) -> Any:
+        with set_wrap_triton_enabled(False):
+            return body(*args)
+
+    return run
+
+
+_library = torch.library.Library("modelopt", "FRAGMENT")
 
 
 _forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)
