@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch._library.triton
 from torch import Tensor
-from torch._library.triton import set_wrap_triton_enabled
+from torch._library.triton import is_wrap_triton_enabled, set_wrap_triton_enabled
 
 from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse
 from fa_ops.kernels import tier
@@ -29,6 +29,7 @@ from fa_ops.launching import (
     mask_strides,
     page_counts,
     paging,
+    remember,
     require_triton,
     strides_of,
     tile_constants,
@@ -76,8 +77,10 @@ def _varlen_attention(
     skip_softmax_block_q: int = 64,
     skip_softmax_block_k: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.check_attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+    # sizes are symbols where the body is traced
+    admit = _admit if is_wrap_triton_enabled() else _admit_again
+    reason = admit(
+        tier.TIER, q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
@@ -99,7 +102,6 @@ def _varlen_attention(
     is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
     *_, rows_q, heads_q, head_dim = q.shape
     *_, heads_kv, value_dim = v.shape
-    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
     is_hopper = reason is None
     if is_hopper:
         logger.debug("varlen_attention: sm_90 kernel%s", "" if skip_blocks is None else ", sparse")
@@ -159,6 +161,20 @@ def _varlen_attention(
         programs = clearing_grid(num_seqs, rows_q, tile.block_m, heads_q, is_packed)
         launch_kernel(attention_forward_kernel, programs, args, constants)
     return out, lse, block_bits, counts
+
+
+def _admit(choice: str, *args: Any) -> str | None:
+    """Checks the op's arguments; why sm_90's kernel does not run the call, None if it does. choice: of the kernels."""
+    checks.check_attention(*args)
+    q, k, v, _, b_seq_len, _, _, scale, _, _, _, window_left, _, softcap, sinks, _, block_table, _, threshold, *skip = (
+        args
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    skip_blocks = None if threshold is None else tuple(skip)
+    return hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
+
+
+_admit_again = remember(_admit)
 
 
 def _varlen_attention_backward(

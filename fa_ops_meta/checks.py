@@ -78,16 +78,20 @@ def check_attention(
     skip_softmax_block_k: int = 128,
 ) -> None:
     """Takes the op's arguments. Raises TypeError for a dtype, ValueError for the rest."""
-    if window_left < -1 or window_right < -1:
-        name, size = ("left (window_size[0])", window_left) if window_left < -1 else ("right (window_size[1])", window_right)
-        raise ValueError(f"window_{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
+    for name, size in (
+        ("window_left (window_size[0])", window_left),
+        ("window_right (window_size[1])", window_right),
+    ):
+        if size < -1:
+            raise ValueError(f"{name}: {size} given; accepted are -1 (unlimited) and sizes of 0 or more")
     if not (math.isfinite(softcap) and softcap >= 0.0):
         raise ValueError(f"softcap: {softcap} given; it must be finite and positive, or 0.0 for none")
-    if skip_softmax_block_q not in BLOCK_SIZES or skip_softmax_block_k not in BLOCK_SIZES:
-        is_q = skip_softmax_block_q not in BLOCK_SIZES
-        name = "q (skip_softmax_block[0])" if is_q else "k (skip_softmax_block[1])"
-        size = skip_softmax_block_q if is_q else skip_softmax_block_k
-        raise ValueError(f"skip_softmax_block_{name}: {size} given; accepted are {BLOCK_SIZES}")
+    for name, size in (
+        ("skip_softmax_block_q (skip_softmax_block[0])", skip_softmax_block_q),
+        ("skip_softmax_block_k (skip_softmax_block[1])", skip_softmax_block_k),
+    ):
+        if size not in BLOCK_SIZES:
+            raise ValueError(f"{name}: {size} given; accepted are {BLOCK_SIZES}")
     _check_qkv(q, k, v, block_table is not None)
     _check_scalars(softmax_scale, max_input_len, max_input_len_k)
     _check_ranges("", q, b_start_loc, b_seq_len)
