@@ -152,7 +152,7 @@ def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
     *_, stride_t, stride_h, _ = t.stride()
     block = (1, 1, 1, block_rows, dim)
     return functools.partial(
-        _descriptor_class(),
+        descriptor_class(),
         shape=[2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
         strides=[2**34 - stride_t, stride_t, stride_h, stride_t, 1],
         block_shape=block,
@@ -161,7 +161,7 @@ def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
 
 
 @functools.cache
-def _descriptor_class() -> Any:
+def descriptor_class() -> Any:
     """Triton's, without its checks, for which `unsupported` stands: they would take as long as all of a launch."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
