@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops.kernels import tier
-from fa_ops.launching import Launch, mask_strides, multi_processors, remember, require_triton
+from fa_ops.launching import Launch, mask_strides, multi_processors, remember
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
@@ -45,7 +45,6 @@ def device_refusal(q: Tensor) -> str | None:
         return "FA_OPS_KERNEL is 'portable'"
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return f"{q.device} is not of sm_90"
-    require_triton(q)
     if _triton_version() not in TRITON_VERSIONS:
         return f"Triton {_triton_version()} is none of {', '.join(TRITON_VERSIONS)}"
     return None
@@ -166,8 +165,8 @@ def descriptor_class() -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     class Descriptor(TensorDescriptor):
-        def __post_init__(self) -> None:
-            pass
+        def __init__(self, base: Tensor, **fields: Any) -> None:
+            self.__dict__.update(fields, base=base)
 
     return Descriptor
 

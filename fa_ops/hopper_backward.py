@@ -171,7 +171,9 @@ def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str
 
 def terms_descriptor(terms: Tensor, block: int) -> Any:
     """What the copy engine needs to know of terms (2 Hq, rows) to read `block` numbers of a row."""
-    return hopper.descriptor_class()(terms, list(terms.shape), list(terms.stride()), (1, block), _terms_layout())
+    return hopper.descriptor_class()(
+        terms, shape=list(terms.shape), strides=list(terms.stride()), block_shape=(1, block), layout=_terms_layout()
+    )
 
 
 @functools.cache

@@ -99,9 +99,6 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     require_triton(q)
-    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
-    *_, rows_q, heads_q, head_dim = q.shape
-    *_, heads_kv, value_dim = v.shape
     is_hopper = reason is None
     if is_hopper:
         logger.debug("varlen_attention: sm_90 kernel%s", "" if skip_blocks is None else ", sparse")
@@ -120,6 +117,9 @@ def _varlen_attention(
         if skip_blocks is not None:
             block_bits.zero_()
             counts.zero_()
+    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
+    *_, rows_q, heads_q, head_dim = q.shape
+    *_, heads_kv, value_dim = v.shape
     if num_seqs * rows_q == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     q, scale = with_positive_scale(q, scale)
@@ -169,6 +169,8 @@ def _admit(choice: str, *args: Any) -> str | None:
     q, k, v, _, b_seq_len, _, _, scale, _, _, _, window_left, _, softcap, sinks, _, block_table, _, threshold, *skip = (
         args
     )
+    if q.is_cuda:
+        require_triton(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     skip_blocks = None if threshold is None else tuple(skip)
     return hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
@@ -380,7 +382,9 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     tensors, scalars = iter(tensors), iter(ctx.scalars)
     args = [next(tensors if t else scalars) for t in ctx.is_tensor]
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
+    dq, dk, dv, dsinks = _without_autograd(
+        torch.ops.modelopt.varlen_attention_backward, (dout, dlse, out, lse, block_bits, *args)
+    )
     grads = [dq, dk, dv, *[None] * (len(args) - 3)]
     if args[SINKS] is not None:
         grads[SINKS] = dsinks
@@ -413,11 +417,16 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch.ops.modelopt.varlen_attention`, given all its arguments, for less of the CPU's time in eager mode."""
-    op = torch.ops.modelopt.varlen_attention
-    if not _is_eager():
-        return op(*args)
-    if _needs_grad(args):
+    if _is_eager() and _needs_grad(args):
         return _EagerAttention.apply(*args)
+    return _without_autograd(torch.ops.modelopt.varlen_attention, args)
+
+
+def _without_autograd(op: Any, args: Sequence[Any]) -> Any:
+    """The op, whose autograd, in eager mode and where no gradient is asked for, would take half as long as all the rest
+    to find that it has nothing to do."""
+    if not _is_eager() or _needs_grad(args):
+        return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
