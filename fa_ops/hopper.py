@@ -6,14 +6,16 @@ own.
 
 import functools
 import math
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops.kernels import tier
-from fa_ops.launching import launch_compiled, mask_strides, multi_processors
+from fa_ops.launching import Launch, mask_strides, multi_processors, remember
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
@@ -99,15 +101,21 @@ def _are_many_blocks(q: Tensor, k: Tensor, num_seqs: int, skip_blocks: tuple[int
 
 def _unsupported_layout(t: Tensor) -> str | None:
     """What keeps the copy engine from reading t; the batch has to lie a whole number of rows apart."""
-    *batch, stride_t, stride_h, stride_d = t.stride()
-    strides = stride_t, stride_h, *batch
+    shape, strides, offset = t.shape, t.stride(), t.storage_offset()
     elements = ALIGNMENT // t.element_size()
-    if stride_d != 1 or t.storage_offset() % elements or any(s <= 0 or s % elements for s in strides):
-        return f"strides {tuple(t.stride())} at offset {t.storage_offset()}"
-    if batch and batch[0] % stride_t:
-        return f"batch stride {batch[0]} is no multiple of the row stride {stride_t}"
-    batch_rows = max(batch[0] // stride_t, t.shape[1]) if batch else 0
-    if t.shape[-3] + batch_rows * (t.shape[0] - 1) > MAX_ROWS:
+    *outer, stride_d = strides
+    are_whole = stride_d == 1 and offset % elements == 0
+    for stride in outer:
+        are_whole = are_whole and stride > 0 and stride % elements == 0
+    if not are_whole:
+        return f"strides {tuple(strides)} at offset {offset}"
+    rows = shape[-3]
+    if len(outer) == 3:
+        stride_b, stride_t, _ = outer
+        if stride_b % stride_t:
+            return f"batch stride {stride_b} is no multiple of the row stride {stride_t}"
+        rows += max(stride_b // stride_t, rows) * (shape[0] - 1)
+    if rows > MAX_ROWS:
         return f"more than {MAX_ROWS} rows"
     return None
 
@@ -134,26 +142,31 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
     bytes.
     """
+    return _ragged(t, block_rows)(t)
+
+
+def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
+    """`ragged_descriptor` of tensors of t's shape and strides."""
     *_, heads, dim = t.shape
     *_, stride_t, stride_h, _ = t.stride()
     block = (1, 1, 1, block_rows, dim)
-    return _descriptor_class()(
-        t,
-        [2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
-        [2**34 - stride_t, stride_t, stride_h, stride_t, 1],
-        block,
-        _shared_layout(block, t.dtype),
+    return functools.partial(
+        descriptor_class(),
+        shape=[2**31 - 2**16, 2**31 - 2**16, heads, MAX_ROWS, dim],
+        strides=[2**34 - stride_t, stride_t, stride_h, stride_t, 1],
+        block_shape=block,
+        layout=_shared_layout(block, t.dtype),
     )
 
 
 @functools.cache
-def _descriptor_class() -> Any:
-    """Triton's, without its checks, for which `_for_copy_engine` stands: they would take as long as all of a launch."""
+def descriptor_class() -> Any:
+    """Triton's, without its checks, for which `unsupported` stands: they would take as long as all of a launch."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     class Descriptor(TensorDescriptor):
-        def __post_init__(self) -> None:
-            pass
+        def __init__(self, base: Tensor, **fields: Any) -> None:
+            self.__dict__.update(fields, base=base)
 
     return Descriptor
 
@@ -180,40 +193,89 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of what `unsupported` lets through; index tensors are contiguous. Rows of sequences with holes in
     their keys are 0 and -inf: the portable kernel comes after this one."""
-    from fa_ops.kernels.configs import HOPPER_TILES
-    from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
-
     out, lse = outputs.empty_forward(q, v)
-    num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
-    if num_seqs * rows_q * rows_k * heads == 0:
+    if 0 in (b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]):
         return out.zero_(), lse.fill_(float("-inf"))
-    q, k, v = (_for_copy_engine(t) for t in (q, k, v))
-    tile = HOPPER_TILES[q.shape[-1]]
-    if window_right < 0:
-        window_right = rows_q  # hides nothing
+    q, k, v = aligned(q), aligned(k), aligned(v)
     with torch.cuda.device_of(q):
-        tiles, bound = tile_list(
-            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, window_left, window_right,
-            ROWS.value * tile.consumers, tile.block_n,
-        )  # fmt: skip
-        args = (
-            ragged_descriptor(q, ROWS.value), ragged_descriptor(k, tile.block_n), ragged_descriptor(v, tile.block_n),
-            out, lse, tiles, bound, rows_q, heads, heads // k.shape[-2], softmax_scale, window_left, window_right,
-        )  # fmt: skip
-        constants = {
-            "HEAD_DIM": q.shape[-1], "BLOCK_N": tile.block_n, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
-            "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
-            "HAS_LEFT": window_left >= 0, "num_warps": 4,
-        }  # fmt: skip
-        programs = min(multi_processors(q.device), bound * heads)
-        launch_compiled(hopper_forward_kernel, (programs,), args, constants)
+        listing, forward, descriptors, counts, window = _plan(q, k, v, b_seq_len, key_mask, window_left, window_right)
+        tiles = list_tiles(listing, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask)
+        described = map(operator.call, descriptors, (q, k, v))
+        forward(*described, out, lse, tiles, *counts, softmax_scale, *window)
     return out, lse
 
 
-def tile_list(
+@remember
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, b_seq_len: Tensor, key_mask: Tensor | None, window_left: int, window_right: int
+) -> tuple["TileList", Launch, tuple[Callable, ...], tuple[int, ...], tuple[int, int]]:
+    """What shapes tell of both launches: beside them, what makes descriptors, the counts, the window."""
+    from fa_ops.kernels.configs import HOPPER_TILES
+    from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
+
+    rows_q, heads, head_dim = q.shape[-3:]
+    tile = HOPPER_TILES[head_dim]
+    if window_right < 0:
+        window_right = rows_q  # hides nothing
+    listing = plan_tile_list(
+        q, k, v, b_seq_len, key_mask, window_left, window_right, ROWS.value * tile.consumers, tile.block_n
+    )
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
+        "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
+        "HAS_LEFT": window_left >= 0, "num_warps": 4,
+    }  # fmt: skip
+    programs = min(multi_processors(q.device), listing.bound * heads)
+    return (
+        listing, Launch(hopper_forward_kernel, (programs,), constants),
+        (_ragged(q, ROWS.value), _ragged(k, tile.block_n), _ragged(v, tile.block_n)),
+        (listing.bound, rows_q, heads, heads // k.shape[-2]), (window_left, window_right),
+    )  # fmt: skip
+
+
+class TileList(NamedTuple):
+    """What shapes tell of the launch of `tile_list_kernel`: it, the numbers among its arguments, how many tiles there
+    can be, the shape of their records."""
+
+    launch: Launch
+    numbers: tuple[int, ...]
+    bound: int
+    shape: tuple[int, int]
+
+
+def plan_tile_list(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    b_seq_len: Tensor,
+    key_mask: Tensor | None,
+    window_left: int,
+    window_right: int,
+    block_m: int,
+    block_n: int,
+    skip_block_q: int = 0,
+) -> TileList:
+    from fa_ops.kernels.primitives import CLEAR_ROWS
+    from fa_ops.kernels.tiles import RECORD, tile_list_kernel
+
+    is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
+    tiles = (rows_q + block_m - 1) // block_m
+    bound = tiles + num_seqs if is_packed else tiles * num_seqs
+    pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
+    numbers = (
+        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)), q.shape[-2],
+        *mask_strides(key_mask),
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
+        "HAS_KEY_MASK": key_mask is not None, "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
+    }  # fmt: skip
+    return TileList(Launch(tile_list_kernel, (bound + pieces,), constants), numbers, bound, (bound + 1, RECORD.value))
+
+
+def list_tiles(
+    plan: TileList,
     out: Tensor,
     lse: Tensor,
     b_start_loc: Tensor,
@@ -221,35 +283,15 @@ def tile_list(
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
     key_mask: Tensor | None,
-    window_left: int,
-    window_right: int,
-    block_m: int,
-    block_n: int,
-    skip_block_q: int = 0,
-) -> tuple[Tensor, int]:
-    """The tiles of a batch, as `tile_list_kernel` describes them, and how many there can be. Writes 0 and -inf to
-    the rows of out and lse that no tile with blocks has."""
-    from fa_ops.kernels.primitives import CLEAR_ROWS
-    from fa_ops.kernels.tiles import RECORD, tile_list_kernel
-
-    is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
-    tiles = (rows_q + block_m - 1) // block_m
-    bound = tiles + num_seqs if is_packed else tiles * num_seqs
-    records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
-    pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
-    args = (
+) -> Tensor:
+    """The tiles of a batch, as `tile_list_kernel` describes them. Writes 0 and -inf to the rows of out and lse that no
+    tile with blocks has."""
+    records = b_seq_len.new_empty(plan.shape, dtype=torch.int32)
+    plan.launch(
         records, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
-        b_seq_len if key_mask is None else key_mask,
-        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)),
-        q.shape[-2], *mask_strides(key_mask),
+        b_seq_len if key_mask is None else key_mask, *plan.numbers,
     )  # fmt: skip
-    constants = {
-        "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
-        "HAS_KEY_MASK": key_mask is not None, "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
-    }  # fmt: skip
-    launch_compiled(tile_list_kernel, (bound + pieces,), args, constants)
-    return records, bound
+    return records
 
 
 def _batch_rows(t: Tensor) -> int:
@@ -257,16 +299,25 @@ def _batch_rows(t: Tensor) -> int:
     return 0 if t.dim() == 3 else t.stride(0) // t.stride(1)
 
 
-def _for_copy_engine(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t itself, but for a storage that begins at an odd address: no allocator of torch's makes one."""
-    t = t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+
+
+def for_copy_engine(t: Tensor) -> Tensor:
+    """`aligned`, of an argument of an opaque op, which need not be what the caller of the op asked `unsupported` of."""
+    t = aligned(t)
     reason = _unsupported_layout(t)
     if reason is not None:
         raise ValueError(f"modelopt::_varlen_attention_sm90 cannot read a tensor with {reason}")
     return t
 
 
-_library.impl("_varlen_attention_sm90", launch, "CUDA")
+_library.impl(
+    "_varlen_attention_sm90",
+    lambda q, k, v, *rest: launch(for_copy_engine(q), for_copy_engine(k), for_copy_engine(v), *rest),
+    "CUDA",
+)
 torch.library.register_fake(
     "modelopt::_varlen_attention_sm90", lambda q, k, v, *_: outputs.empty_forward(q, v), lib=_library
 )

@@ -1,5 +1,6 @@
 """The backward kernels for sm_90: when they are taken, their opaque op, their launch. See hopper.py for the forward."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops import hopper
-from fa_ops.launching import dlse_strides, grid, lse_strides, multi_processors, strides_of
+from fa_ops.launching import dlse_strides, grid, launch_compiled, lse_strides, multi_processors, strides_of
 from fa_ops_meta import outputs
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def launch(
         return dq, dk, dv, delta
     if hopper._unsupported_layout(dout) is not None:
         dout = dout.clone(memory_format=torch.contiguous_format)
-    q, k, v, dout = (hopper._for_copy_engine(t) for t in (q, k, v, dout))
+    q, k, v, dout = (hopper.for_copy_engine(t) for t in (q, k, v, dout))
     heads, heads_kv, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     dq_tile, dkv_tile = HOPPER_BACKWARD_TILES[head_dim]
     block = dkv_tile.block_n
@@ -97,29 +98,34 @@ def launch(
     with torch.cuda.device_of(q):
         row_grid = grid(num_seqs, rows_q, block, heads, is_packed)
         terms = torch.empty((2 * heads, row_grid[0] * block), dtype=torch.float32, device=q.device)
-        row_terms_kernel[row_grid](
+        args = (
             out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, window_right,
             num_seqs, rows_q, rows_k, terms.shape[1],
             *strides_of(out), *lse_strides(lse), *strides_of(dout), *dlse_strides(dlse),
-            HEAD_DIM=head_dim, BLOCK=block, HAS_RIGHT=window_right >= 0, IS_PACKED=is_packed, HAS_DLSE=dlse is not None,
-            HAS_DELTA=has_sinks, num_warps=4,
         )  # fmt: skip
+        constants = {
+            "HEAD_DIM": head_dim, "BLOCK": block, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
+            "HAS_DLSE": dlse is not None, "HAS_DELTA": has_sinks, "num_warps": 4,
+        }  # fmt: skip
+        launch_compiled(row_terms_kernel, row_grid, args, constants)
         lists = q, dout, k, v, index, window_right, block
         tiles, bound = tile_list(*lists, ROWS.value * dq_tile.consumers, dq_tile.block_n, of_keys=False)
-        hopper_dq_kernel[(min(multi_processors(q.device), bound * heads),)](
+        args = (
             *(hopper.ragged_descriptor(t, ROWS.value) for t in (q, dout)),
             *(hopper.ragged_descriptor(t, dq_tile.block_n) for t in (k, v)),
             terms, terms.shape[1], dq, tiles, bound, heads, heads // heads_kv, softmax_scale, window_right,
-            BLOCK_N=dq_tile.block_n, **_constants(dq_tile, head_dim, window_right), num_warps=4,
         )  # fmt: skip
+        constants = _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n}
+        launch_compiled(hopper_dq_kernel, (min(multi_processors(q.device), bound * heads),), args, constants)
         tiles, bound = tile_list(*lists, ROWS.value * dkv_tile.consumers, block, of_keys=True)
-        hopper_dkv_kernel[(min(multi_processors(q.device), bound * heads_kv),)](
+        args = (
             *(hopper.ragged_descriptor(t, block) for t in (q, dout)),
             *(hopper.ragged_descriptor(t, ROWS.value) for t in (k, v)),
             terms_descriptor(terms, block), dk, dv, tiles, bound, heads_kv, heads // heads_kv,
             softmax_scale, window_right,
-            BLOCK_M=block, **_constants(dkv_tile, head_dim, window_right), num_warps=4,
         )  # fmt: skip
+        constants = _constants(dkv_tile, head_dim, window_right) | {"BLOCK_M": block}
+        launch_compiled(hopper_dkv_kernel, (min(multi_processors(q.device), bound * heads_kv),), args, constants)
     return dq, dk, dv, delta
 
 
@@ -141,11 +147,14 @@ def tile_list(
     is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, index[1].shape[0], q.shape[-3], k.shape[-3]
     bound, _ = grid(num_seqs, rows_k if of_keys else rows_q, tile, 1, is_packed)
     records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
-    backward_tiles_kernel[(bound,)](
+    args = (
         records, *index, window_right, num_seqs, rows_q, rows_k, *(hopper._batch_rows(t) for t in (q, dout, k, v)),
-        TILE=tile, BLOCK=block, TERMS_BLOCK=terms_block, OF_KEYS=of_keys, HAS_RIGHT=window_right >= 0,
-        IS_PACKED=is_packed, num_warps=1,
     )  # fmt: skip
+    constants = {
+        "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys, "HAS_RIGHT": window_right >= 0,
+        "IS_PACKED": is_packed, "num_warps": 1,
+    }  # fmt: skip
+    launch_compiled(backward_tiles_kernel, (bound,), args, constants)
     return records, bound
 
 
@@ -153,17 +162,22 @@ def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str
     return {
         "HEAD_DIM": head_dim, "STAGES": tile.stages, "CONSUMERS": tile.consumers,
         "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
-        "HAS_RIGHT": window_right >= 0,
+        "HAS_RIGHT": window_right >= 0, "num_warps": 4,
     }  # fmt: skip
 
 
 def terms_descriptor(terms: Tensor, block: int) -> Any:
     """What the copy engine needs to know of terms (2 Hq, rows) to read `block` numbers of a row."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    return hopper.descriptor_class()(
+        terms, shape=list(terms.shape), strides=list(terms.stride()), block_shape=(1, block), layout=_terms_layout()
+    )
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(terms, list(terms.shape), list(terms.stride()), [1, block], layout)
+
+@functools.cache
+def _terms_layout() -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 def _delta_without_keys(dlse: Tensor | None, lse: Tensor, has_sinks: bool) -> Tensor:

@@ -50,16 +50,16 @@ def launch(
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
-    q, k, v = (hopper._for_copy_engine(t) for t in (q, k, v))
+    q, k, v = (hopper.for_copy_engine(t) for t in (q, k, v))
     if sum((n - 1) * stride for n, stride in zip(threshold.shape, threshold.stride(), strict=True)) >= 2**31:
         threshold = threshold.contiguous()  # the kernel's indices have 32 bits
     tile = HOPPER_SPARSE_TILES[q.shape[-1]]
     assert (ROWS.value, tile.block_n) == (skip_block_q, skip_block_k)
     with torch.cuda.device_of(q):
-        tiles, bound = hopper.tile_list(
-            q, k, v, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, -1, window_right,
-            ROWS.value * CONSUMERS.value, tile.block_n, skip_block_q,
-        )  # fmt: skip
+        listing = hopper.plan_tile_list(
+            q, k, v, b_seq_len, key_mask, -1, window_right, ROWS.value * CONSUMERS.value, tile.block_n, skip_block_q
+        )
+        tiles = hopper.list_tiles(listing, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask)
         args = (
             hopper.ragged_descriptor(q, ROWS.value), hopper.ragged_descriptor(k, tile.block_n),
             hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, tiles[-1], threshold, block_bits, counts,
@@ -71,7 +71,7 @@ def launch(
             "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
             "HAS_RIGHT": window_right >= 0, "VISIT_ORDER": VISIT_ORDERS.index(VISIT_ORDER), "num_warps": 4,
         }  # fmt: skip
-        programs = min(multi_processors(q.device), bound * heads)
+        programs = min(multi_processors(q.device), listing.bound * heads)
         launch_compiled(hopper_sparse_forward_kernel, (programs,), args, constants)
     return out, lse, block_bits, counts
 

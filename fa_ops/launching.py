@@ -130,7 +130,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], const
         launch_compiled(kernel, grid, args, constants)
 
 
-def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> None:
+def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> Any:
     """`kernel[grid](*args, **constants)` on the current device, for less: Triton asks of each of some 60 arguments what
     to specialise the kernel for. Here the compiled kernel is found by what the answers depend on.
 
@@ -140,27 +140,94 @@ def launch_compiled(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], con
     Args:
         args: all that is not a constexpr, on the current device; block_shape of a descriptor is a tuple.
         constants: constexprs, num_warps, num_stages.
+
+    Returns:
+        The compiled kernel, if it will do for all arguments that differ from these in addresses alone, multiples of 16.
     """
     if IS_INTERPRETED:
-        kernel[grid](*args, **constants)
-        return
+        return kernel[grid](*args, **constants)
     launches = _launches_of(kernel)
     pointers = launches.pointers(args)
-    is_aligned = functools.reduce(operator.or_, map(_ADDRESS, pointers)) % 16 == 0
-    if not is_aligned or max(launches.counts(args)) >= 2**31 or kernel.pre_run_hooks:
+    addresses = [*map(_ADDRESS, pointers)]
+    if not _are_aligned(addresses) or max(launches.counts(args)) >= 2**31 or kernel.pre_run_hooks:
         kernel[grid](*args, **constants)
-        return
+        return None
     key = (
         pointers[0].get_device(), *map(_DTYPE, pointers), *map(_BLOCK, launches.descriptors(args)),
         *launches.sizes(args), *constants.values(),
     )  # fmt: skip
     compiled = launches.compiled.get(key)
-    if compiled is not None:
-        compiled[*grid, 1, 1](*args, *launches.constexprs(constants))
-        return
-    if len(launches.compiled) == MAX_COMPILED:
-        launches.compiled.clear()
-    launches.compiled[key] = kernel[grid](*args, **constants)
+    if compiled is None:
+        if len(launches.compiled) == MAX_COMPILED:
+            launches.compiled.clear()
+        compiled = launches.compiled[key] = kernel[grid](*args, **constants)
+    else:
+        launches.run(compiled, grid, args, addresses, launches.constexprs(constants))
+    return compiled
+
+
+class Launch:
+    """`launch_compiled`, over and over, of one kernel on one grid of one device. From call to call pointers may change,
+    and floats: no sizes, no counts, of a descriptor no more than its base."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.compiled: dict[tuple[torch.dtype, ...], Any] = {}
+        if not IS_INTERPRETED:
+            self.launches = _launches_of(kernel)
+            self.constexprs = self.launches.constexprs(constants)
+
+    def __call__(self, *args: Any) -> None:
+        if IS_INTERPRETED or self.kernel.pre_run_hooks:
+            self.kernel[self.grid](*args, **self.constants)
+            return
+        pointers = self.launches.pointers(args)
+        addresses, dtypes = [*map(_ADDRESS, pointers)], (*map(_DTYPE, pointers),)
+        compiled = self.compiled.get(dtypes)
+        if compiled is not None and _are_aligned(addresses):
+            self.launches.run(compiled, self.grid, args, addresses, self.constexprs)
+            return
+        compiled = launch_compiled(self.kernel, self.grid, args, self.constants)
+        if compiled is not None:
+            self.compiled[dtypes] = compiled
+
+
+def remember(function: Callable) -> Callable:
+    """`function`, asked once for each kind of call: it may read dtypes, devices, shapes, strides and offsets of real
+    tensors, no more. An error is no answer, and not remembered. The interpreter's tests replace what it would call."""
+    answers: dict[tuple, Any] = {}
+
+    @functools.wraps(function)
+    def ask(*args: Any) -> Any:
+        key: list = []
+        for x in args:
+            if isinstance(x, Tensor):
+                if x.layout is not torch.strided:
+                    return function(*args)
+                key += x.dtype, x.device, x.shape, x.stride(), x.storage_offset()
+            else:
+                key.append(x)
+        kind = tuple(key)
+        answer = answers.get(kind, answers)
+        if answer is answers:
+            answer = function(*args)
+            if len(answers) >= MAX_COMPILED:
+                answers.clear()
+            answers[kind] = answer
+        return answer
+
+    return function if IS_INTERPRETED else ask
+
+
+def _are_aligned(addresses: list[int]) -> bool:
+    return functools.reduce(operator.or_, addresses) % 16 == 0
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler wants to hear of launches. Triton's knobs are chains of hooks, or what a user put there."""
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class _Launches:
@@ -169,12 +236,27 @@ class _Launches:
 
     def __init__(self, kernel: Any) -> None:
         params = [p for p in kernel.params if not p.is_constexpr]
-        self.pointers, self.descriptors, self.counts, self.sizes = (
-            _pick([i for i, p in enumerate(params) if _kind(p) == kind])
-            for kind in ("pointer", "descriptor", "count", "size")
-        )
+        kinds = "pointer", "descriptor", "count", "size"
+        self.indices = {kind: [i for i, p in enumerate(params) if _kind(p) == kind] for kind in kinds}
+        self.pointers, self.descriptors, self.counts, self.sizes = map(_pick, self.indices.values())
         self.constexprs = operator.itemgetter(*(p.name for p in kernel.params if p.is_constexpr))
         self.compiled: dict[tuple, Any] = {}
+
+    def run(self, compiled: Any, grid: tuple, args: Sequence[Any], addresses: list[int], constexprs: tuple) -> None:
+        """`compiled[grid](*args, *constexprs)`, but that nobody is told where nobody listens. `addresses` are those of
+        the pointers among args: the launcher takes them as they are, and of tensors it asks the driver."""
+        grid_x, grid_y, grid_z, *_ = *grid, 1, 1
+        if _is_hooked():
+            compiled[grid_x, grid_y, grid_z](*args, *constexprs)
+            return
+        args = list(args)
+        device = args[self.indices["pointer"][0]].get_device()
+        for index, address in zip(self.indices["pointer"], addresses, strict=True):
+            args[index] = address
+        compiled.run(
+            grid_x, grid_y, grid_z, triton.runtime.driver.active.get_current_stream(device), compiled.function,
+            compiled.packed_metadata, None, None, None, *args, *constexprs,
+        )  # fmt: skip
 
 
 def _kind(param: Any) -> str:

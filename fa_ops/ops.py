@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._library.triton
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled, set_wrap_triton_enabled
 
 from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse
 from fa_ops.kernels import tier
@@ -28,6 +29,7 @@ from fa_ops.launching import (
     mask_strides,
     page_counts,
     paging,
+    remember,
     require_triton,
     strides_of,
     tile_constants,
@@ -75,8 +77,10 @@ def _varlen_attention(
     skip_softmax_block_q: int = 64,
     skip_softmax_block_k: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.check_attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+    # sizes are symbols where the body is traced
+    admit = _admit if is_wrap_triton_enabled() else _admit_again
+    reason = admit(
+        tier.TIER, q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
@@ -95,10 +99,6 @@ def _varlen_attention(
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
     require_triton(q)
-    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
-    *_, rows_q, heads_q, head_dim = q.shape
-    *_, heads_kv, value_dim = v.shape
-    reason = hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
     is_hopper = reason is None
     if is_hopper:
         logger.debug("varlen_attention: sm_90 kernel%s", "" if skip_blocks is None else ", sparse")
@@ -117,6 +117,9 @@ def _varlen_attention(
         if skip_blocks is not None:
             block_bits.zero_()
             counts.zero_()
+    is_packed, num_seqs, rows_k = q.dim() == 3, b_seq_len.shape[0], key_extent(k, block_table)
+    *_, rows_q, heads_q, head_dim = q.shape
+    *_, heads_kv, value_dim = v.shape
     if num_seqs * rows_q == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
     q, scale = with_positive_scale(q, scale)
@@ -158,6 +161,22 @@ def _varlen_attention(
         programs = clearing_grid(num_seqs, rows_q, tile.block_m, heads_q, is_packed)
         launch_kernel(attention_forward_kernel, programs, args, constants)
     return out, lse, block_bits, counts
+
+
+def _admit(choice: str, *args: Any) -> str | None:
+    """Checks the op's arguments; why sm_90's kernel does not run the call, None if it does. choice: of the kernels."""
+    checks.check_attention(*args)
+    q, k, v, _, b_seq_len, _, _, scale, _, _, _, window_left, _, softcap, sinks, _, block_table, _, threshold, *skip = (
+        args
+    )
+    if q.is_cuda:
+        require_triton(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    skip_blocks = None if threshold is None else tuple(skip)
+    return hopper.refusal(q, k, v, b_seq_len, scale, window_left, softcap, sinks, block_table, skip_blocks)
+
+
+_admit_again = remember(_admit)
 
 
 def _varlen_attention_backward(
@@ -363,7 +382,9 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     tensors, scalars = iter(tensors), iter(ctx.scalars)
     args = [next(tensors if t else scalars) for t in ctx.is_tensor]
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = torch.ops.modelopt.varlen_attention_backward(dout, dlse, out, lse, block_bits, *args)
+    dq, dk, dv, dsinks = _without_autograd(
+        torch.ops.modelopt.varlen_attention_backward, (dout, dlse, out, lse, block_bits, *args)
+    )
     grads = [dq, dk, dv, *[None] * (len(args) - 3)]
     if args[SINKS] is not None:
         grads[SINKS] = dsinks
@@ -396,11 +417,16 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 def attend(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch.ops.modelopt.varlen_attention`, given all its arguments, for less of the CPU's time in eager mode."""
-    op = torch.ops.modelopt.varlen_attention
-    if not _is_eager():
-        return op(*args)
-    if _needs_grad(args):
+    if _is_eager() and _needs_grad(args):
         return _EagerAttention.apply(*args)
+    return _without_autograd(torch.ops.modelopt.varlen_attention, args)
+
+
+def _without_autograd(op: Any, args: Sequence[Any]) -> Any:
+    """The op, whose autograd, in eager mode and where no gradient is asked for, would take half as long as all the rest
+    to find that it has nothing to do."""
+    if not _is_eager() or _needs_grad(args):
+        return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -414,8 +440,23 @@ def _define_op(name: str, body: Any, fake: Callable) -> Any:
         sourceless: Any = functools.partial(body)
         sourceless.__globals__ = body.__globals__  # where infer_schema looks annotations up
         op = torch.library.triton_op(name, sourceless, mutates_args=())
+        _library.impl(name, _without_wrappers(body), "CUDA")
     op.register_fake(fake)
     return op
+
+
+def _without_wrappers(body: Callable) -> Callable:
+    """What `triton_op` runs on CUDA tensors, but for its search for outputs that are inputs, in the data of all."""
+
+    @torch._disable_dynamo
+    def run(*args: Any) -> Any:
+        with set_wrap_triton_enabled(False):
+            return body(*args)
+
+    return run
+
+
+_library = torch.library.Library("modelopt", "FRAGMENT")
 
 
 _forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)

@@ -30,16 +30,17 @@ def check_types(
 ) -> None:
     """What the op's schema would convert or refuse without a word of the argument. A tensor is no number here: reading
     it would wait for the device."""
-    for name, value in (tensors | optional_tensors).items():
-        if not isinstance(value, Tensor) and (value is not None or name in tensors):
-            accepted = "a Tensor" if name in tensors else "a Tensor or None"
-            raise TypeError(f"{name}: {type(value).__name__} given; accepted is {accepted}")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {type(value).__name__} given; accepted is a Tensor")
+    for name, value in optional_tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {type(value).__name__} given; accepted is a Tensor or None")
     for name, value in integers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+        if value is not None and not _is_int(value):
             raise TypeError(f"{name}: {type(value).__name__} given; accepted are int and None")
     for name, value in pairs.items():
-        is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-        if not is_pair or any(isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in value):
+        if not (isinstance(value, (tuple, list)) and len(value) == 2 and _is_int(value[0]) and _is_int(value[1])):
             raise TypeError(f"{name}: {value!r} given; accepted is a pair of ints")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: {type(is_causal).__name__} given; accepted are True and False")
@@ -47,6 +48,10 @@ def check_types(
         raise TypeError(f"softmax_scale: {type(softmax_scale).__name__} given; accepted are float and None")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: {type(deterministic).__name__} given; accepted are True, False and None")
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
 
 
 def check_attention(

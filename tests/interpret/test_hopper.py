@@ -227,21 +227,9 @@ def test_tile_list(seed: int):
     block_m, block_n = 128, 64
     if not case.lens_q or 0 in (inputs.q.shape[-3], inputs.k.shape[-3]):
         return
-    records, _ = hopper.tile_list(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        *outputs.empty_forward(inputs.q, inputs.v),
-        inputs.b_start_loc,
-        inputs.b_seq_len,
-        start_k,
-        len_k,
-        None,
-        left,
-        right,
-        block_m,
-        block_n,
-    )
+    listing = hopper.plan_tile_list(inputs.q, inputs.k, inputs.v, inputs.b_seq_len, None, left, right, block_m, block_n)
+    out_lse = outputs.empty_forward(inputs.q, inputs.v)
+    records = hopper.list_tiles(listing, *out_lse, inputs.b_start_loc, inputs.b_seq_len, start_k, len_k, None)
     found = []
     rows_q = inputs.q.shape[-3]
     for record in records[: int(records[-1, 0])].tolist():

@@ -1,6 +1,7 @@
 """Launches that pass Triton's own binding of arguments by run the very kernel that it would have run."""
 
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ class Compiled:
     """A compiled kernel, as far as launches go."""
 
     function = packed_metadata = None
+    hooks: ClassVar[list] = []
 
     def __init__(self, key: str, launches: list) -> None:
         self.key, self.launches = key, launches
@@ -47,6 +49,7 @@ class Compiled:
         return None
 
     def run(self, grid_0, grid_1, grid_2, stream, function, metadata, launch_metadata, enter, exit, *args) -> None:
+        self.hooks.append((enter, exit))
         self.launches.append((self.key, (grid_0, grid_1, grid_2), args))
 
     __getitem__ = triton.compiler.CompiledKernel.__getitem__
@@ -84,6 +87,11 @@ AXES = {
 }
 
 
+def addressed(args: tuple) -> list:
+    """What the launcher makes of tensors."""
+    return [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
+
+
 def test_it_is_the_kernel_that_triton_would_run(launches):
     first = {name: values[0] for name, values in AXES.items()}
     calls = [first | {name: value} for name, values in AXES.items() for value in values]
@@ -98,8 +106,71 @@ def test_it_is_the_kernel_that_triton_would_run(launches):
         expected, compiling, found = launches[-3:]
         assert expected[0] == compiling[0] == found[0]
         assert expected[1][:2] == found[1][:2] == (2, 3)
-        assert all(a is b or a == b for a, b in zip(expected[2], found[2], strict=True))
+        assert addressed(expected[2]) == addressed(compiling[2]) == addressed(found[2])
     assert len({key for key, _, _ in launches}) > 20
+
+
+def test_a_launch_asks_for_types_and_alignment_each_time(launches):
+    """From call to call pointers and floats may change: addresses, whether they are multiples of 16, dtypes."""
+    constants = {"IS_PACKED": True, "HEAD_DIM": 64, "num_warps": 4}
+    launch = launching.Launch(kernel, (2, 3), constants)
+    for _ in range(2):
+        for q, lse, scale in itertools.product(AXES["q"], AXES["lse"], AXES["softmax_scale"]):
+            args = (q, lse, scale, 2, 16, 64)
+            kernel[2, 3](*args, **constants)
+            launch(*args)
+            expected, found = launches[-2:]
+            assert expected[:2] == (found[0], (*found[1][:2], expected[1][2]))
+            assert addressed(expected[2]) == addressed(found[2])
+    assert len({key for key, _, _ in launches}) == 6
+    assert len(launch.compiled) == 2
+
+
+def test_profilers_hear_of_launches(launches, monkeypatch):
+    heard: list = []
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        hooks = getattr(triton.knobs.runtime, name)
+        args = (MEMORY, MEMORY, 0.5, 2, 64, 64)
+        constants = {"IS_PACKED": True, "HEAD_DIM": 64}
+        launch = launching.Launch(kernel, (1,), constants)
+        for is_heard in (False, True, False):
+            if is_heard:
+                hooks.add(heard.append)
+            launch(*args)
+            launch(*args)
+            hooks.remove(heard.append)
+            assert (hooks in Compiled.hooks[-1]) is is_heard
+
+
+def test_answers_are_remembered_for_a_kind_of_call_only(monkeypatch):
+    asked: list = []
+
+    def ask(*args):
+        asked.append(args)
+        if args[-1] == "wrong":
+            raise ValueError(args)
+        return len(asked)
+
+    ask = launching.remember(ask)
+    meta = torch.empty(8, device="meta")
+    kinds = [
+        (MEMORY[:8], None, 1.0), (MEMORY[:8], None, 2.0), (MEMORY[:8], MEMORY[:8], 1.0), (MEMORY[8:16], None, 1.0),
+        (MEMORY[:7], None, 1.0), (MEMORY[:16:2], None, 1.0), (MEMORY[:8].bfloat16(), None, 1.0), (meta, None, 1.0),
+        (MEMORY[:8].view(2, 4), None, 1.0), (MEMORY[:8].view(torch.int32), None, 1.0),
+    ]  # fmt: skip
+    first = [ask(*kind) for kind in kinds]
+    assert first == [ask(*kind) for kind in kinds] == list(range(1, len(kinds) + 1))
+    assert ask(torch.ones(8), None, 1.0) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="wrong"):
+            ask(MEMORY, "wrong")
+    assert len(asked) == len(kinds) + 2
+    sparse = torch.eye(3).to_sparse()
+    assert ask(sparse) + 1 == ask(sparse), "it has no strides to tell kinds by"
+    monkeypatch.setattr(launching, "MAX_COMPILED", 1)
+    assert ask(*kinds[0]) == 1
+    assert ask(MEMORY) == ask(MEMORY)
+    assert ask(*kinds[0]) != 1
 
 
 def test_calls_of_many_kinds_do_not_fill_the_memory(launches, monkeypatch):
