@@ -22,6 +22,7 @@ from fa_ops.sparsity.counting import BlockCounts, single_rows
 from fa_ops.sparsity.curves import Calibrated, RowMeans, ShareCurve, share_curve
 from fa_ops.sparsity.methods.base import DECODE, PREFILL, SparseAttentionMethod
 from fa_ops.sparsity.texts import Texts, lengths_of, progress, run_window, token_windows, vocab_size_of
+from fa_ops_meta.skip import DECODE_SEGMENT
 
 LEAST_POINTS = 3
 LEAST_SHARE, MOST_SHARE = 0.1, 0.9
@@ -202,7 +203,8 @@ def _curve(phase: str, recorder: CountRecorder, parts: tuple[bool, ...]) -> Shar
             "calibration: some modules are causal and others are not; calibrate them apart, by disabling the others"
         )
     is_whole = index == PREFILL and recorder.causal == {True}
-    return share_curve(means, recorder.trials, recorder.unit if is_whole else None)
+    unit, segment = recorder.unit if is_whole else None, DECODE_SEGMENT if index == DECODE else None
+    return share_curve(means, recorder.trials, unit, segment)
 
 
 def _refuse_unreachable(phase: str, target: float, curve: ShareCurve) -> None:

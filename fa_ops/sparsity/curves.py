@@ -11,6 +11,11 @@ this one misses least.)
 A text's prefill is all its query blocks, and each is the last one of a shorter text: one length tells the share of
 every shorter one, and r, fitted to its longer query blocks, that of longer ones. A decoding step is a query block by
 itself, and so is every query block of attention that is not causal.
+
+In decoding, blocks are compared with those of their own segment of keys. What a step drops falls where its keys fill a
+segment and the next one begins, and from there on it grows as it did in the segment before: a line of the distance is
+no guide across a segment's end. With a segment more a step drops as much more as steps with one segment more did
+where both were counted.
 """
 
 import math
@@ -25,7 +30,12 @@ from torch import Tensor
 # Lengths at which the share is written down, as multiples of the longest one counted; between them log λ is a line of
 # the logarithm of the length.
 LENGTHS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0, 5 / 4, 3 / 2, 2.0, 3.0, 4.0, 8.0, 16.0)
-MOST_KNOTS = len(LENGTHS)
+# Of decoding over more keys than a segment: at these parts of each of the first SEGMENTS, and JUMP keys into it.
+SEGMENT_PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+SEGMENTS = 8
+JUMP = 16
+MOST_KNOTS = SEGMENTS * (1 + len(SEGMENT_PARTS)) + len(LENGTHS)
+CELLS = 16  # of a segment: what was counted in each is taken together
 LEAST_ROWS = 8  # lengths of query blocks that a fit to r needs
 FITTED_FROM = 1 / 8  # of the longest
 SLOPE_STEP = 0.05  # of the share, over which its effect on log λ is taken
@@ -148,8 +158,47 @@ class RowMeans(NamedTuple):
         is_longer = keys > self.keys[-1]
         if is_longer.any() and len(self.keys) >= LEAST_ROWS:
             blocks[is_longer] = _terms(keys[is_longer]) @ self._fit()
-        visited = blocks[:, :1].clamp(min=0)
-        return torch.cat([visited, torch.minimum(blocks[:, 1:].clamp(min=0).cummax(1).values, visited)], 1)
+        return _ordered(blocks)
+
+    def are_in_segments(self, segment: int) -> bool:
+        """Whether rows were counted in each of several segments."""
+        number = _segment_of(self.keys, segment)
+        return len(self.keys) >= LEAST_ROWS and int(number[-1]) > 0 and len(number.unique()) == int(number[-1]) + 1
+
+    def in_segments(self, keys: Tensor, segment: int) -> Tensor:
+        """As `at`, of decoding steps, where `are_in_segments`."""
+        cells = self._pooled(segment // CELLS)
+        end = float(self.keys[-1])
+        if -end % segment < segment / CELLS:  # the last segment is full, but for a cell
+            end = math.ceil(end / segment) * segment
+        recent = cells.keys[cells.keys > max(segment, end - segment)]
+        weight = cells.weight[-len(recent) :, None]
+        growth = cells._within(recent, segment) - cells._within(recent - segment, segment)
+        growth = (growth * weight).sum(0) / weight.sum()
+        further = ((keys - end) / segment).ceil().clamp(min=0)
+        return _ordered(cells._within(keys - further * segment, segment) + further[:, None] * growth)
+
+    def _pooled(self, cell: int) -> "RowMeans":
+        _, index = _segment_of(self.keys, cell).unique(return_inverse=True)
+        sums = torch.cat([torch.ones_like(self.keys)[:, None], self.keys[:, None], self.blocks], 1)
+        sums = sums.new_zeros(int(index[-1]) + 1, sums.shape[1]).index_add_(0, index, sums * self.weight[:, None])
+        weight = sums[:, :1]
+        return RowMeans(sums[:, 1] / weight[:, 0], weight[:, 0], sums[:, 2:] / weight)
+
+    def _within(self, keys: Tensor, segment: int) -> Tensor:
+        """Lines between those counted in the same segment, and beyond them on to its ends."""
+        blocks = self.blocks.new_empty(len(keys), self.blocks.shape[1])
+        own, asked = _segment_of(self.keys, segment), _segment_of(keys, segment)
+        for number in asked.unique():
+            is_own, is_asked = own == number, asked == number
+            x, y = self.keys[is_own], self.blocks[is_own]
+            if len(x) == 1:
+                blocks[is_asked] = y
+                continue
+            above = torch.searchsorted(x, keys[is_asked]).clamp(1, len(x) - 1)
+            part = (keys[is_asked] - x[above - 1]) / (x[above] - x[above - 1])
+            blocks[is_asked] = y[above - 1] + part[:, None] * (y[above] - y[above - 1])
+        return blocks
 
     def _fit(self) -> Tensor:
         """(3, 1 + trials), of the `_terms`."""
@@ -162,10 +211,30 @@ def _terms(keys: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(keys), keys**-0.25, keys], 1)
 
 
-def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None) -> ShareCurve:
+def _ordered(blocks: Tensor) -> Tensor:
+    """Without what a line draws beyond what can be: a larger λ drops no less, and none more than is visited."""
+    visited = blocks[:, :1].clamp(min=0)
+    return torch.cat([visited, torch.minimum(blocks[:, 1:].clamp(min=0).cummax(1).values, visited)], 1)
+
+
+def _segment_of(keys: Tensor, segment: int) -> Tensor:
+    """The number of the segment that the last of so many keys lies in."""
+    return ((keys - 1) // segment).long()
+
+
+def _segment_lengths(longest: float, segment: int) -> Tensor:
+    """Lengths at which the share of decoding steps is written down."""
+    of_each = [JUMP, *(part * segment for part in SEGMENT_PARTS)]
+    first = [number * segment + keys for number in range(SEGMENTS) for keys in of_each]
+    # further on a segment more makes less of a difference: the middle of one stands for all of it
+    behind = [(longest * part // segment + 0.5) * segment for part in LENGTHS]
+    return torch.tensor([*first, *(keys for keys in behind if keys > first[-1])], dtype=torch.float64)
+
+
+def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None, segment: int | None = None) -> ShareCurve:
     """The shares of whole calls: of their query blocks that end at every `unit` keys, or of one alone if it is None.
 
-    With fewer lengths than a fit needs, the curve has just these.
+    With fewer lengths than a fit needs, the curve has just these. segment: of keys, in decoding.
     """
     longest = float(means.keys[-1])
     if unit is not None:
@@ -173,7 +242,10 @@ def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None) ->
     lengths = torch.tensor(LENGTHS, dtype=torch.float64) * longest
     if len(means.keys) < LEAST_ROWS:
         lengths = means.keys
-    if unit is None:
+    if segment is not None and means.are_in_segments(segment):
+        lengths = _segment_lengths(longest, segment)
+        blocks = means.in_segments(lengths, segment)
+    elif unit is None:
         blocks = means.at(lengths)
     else:
         count = (lengths / unit).round().long().clamp(min=1).unique()

@@ -10,10 +10,13 @@ import fa_ops.sparsity as mtsa
 from fa_ops.sparsity.calibration import CountRecorder, _curve
 from fa_ops.sparsity.config import DEFAULT_TRIALS
 from fa_ops.sparsity.counting import count_dropped, single_rows
-from fa_ops.sparsity.curves import MOST_THRESHOLD, Calibrated, ShareCurve
+from fa_ops.sparsity.curves import JUMP, MOST_THRESHOLD, Calibrated, ShareCurve
+from fa_ops.sparsity.methods.base import DECODE
+from fa_ops_meta.skip import DECODE_SEGMENT
 from tests.sparsity.models import config_of, sharp_model
 
 BLOCK = (16, 16)
+LARGE_BLOCK = (64, 128)
 HEADS, DIM = 4, 64
 TARGETS = (0.2, 0.3, 0.5, 0.7)
 TOLERANCE = 0.02
@@ -71,6 +74,38 @@ def test_shares_at_lengths_that_were_not_run(curves, phase, length):
     assert achieved[: len(reached)] == pytest.approx(reached, abs=TOLERANCE)
 
 
+@pytest.fixture(scope="module")
+def segmented() -> ShareCurve:
+    """Of decoding alone, at rows of texts of two segments."""
+    recorder = CountRecorder(DEFAULT_TRIALS, LARGE_BLOCK[0], 160)
+    for seed in range(12):
+        q, k = local_attention(2 * DECODE_SEGMENT, 2, seed)
+        for rows, its_k, arguments, _ in single_rows(q, k, ranges(q), (torch.arange(160) + seed / 12) / 160):
+            counts = count_dropped(rows, its_k, DEFAULT_TRIALS, LARGE_BLOCK, **arguments)
+            recorder._add(DECODE, counts, arguments["b_seq_len_k"], True)
+    return _curve("decode", recorder, (False, True))
+
+
+@pytest.mark.parametrize("length", [1000, 2048, 3072, 4096, 8192, 16384])
+def test_decoding_over_segments(segmented, length):
+    """Half, once, twice and four times as long as the texts, where segments are full, and between: λ of the middle of a
+    key block's rows."""
+    wanted = {Calibrated.of(segmented, target).threshold(length - 64): target for target in (0.2, 0.3, 0.5)}
+    q, k = local_attention(length, 12 * 4096 // length, 1000 + length)
+    calls = single_rows(q, k, ranges(q), 1 - (torch.arange(16) + 0.5) * 8 / length)
+    counts = [count_dropped(*call[:2], tuple(sorted(wanted)), LARGE_BLOCK, **call[2]) for call in calls]
+    visited = sum(own.visited.sum() for own in counts)
+    achieved = (sum(own.dropped.sum((1, 2)) for own in counts) / visited).tolist()
+    tolerance = TOLERANCE if length <= 4 * DECODE_SEGMENT else 3 * TOLERANCE
+    assert achieved == pytest.approx([wanted[threshold] for threshold in sorted(wanted)], abs=tolerance)
+
+
+def test_a_segment_s_end_shows(segmented):
+    """Before it the newest keys are compared with all others, behind it with few."""
+    own = Calibrated.of(segmented, 0.3)
+    assert own.threshold(2 * DECODE_SEGMENT + JUMP) > 2 * own.threshold(2 * DECODE_SEGMENT)
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_length_matters(curves, phase):
     """λ of the length that was run misses at others."""
@@ -123,9 +158,10 @@ def test_tiles_and_rows_of_packed_sequences():
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.6, 0.95])
-def test_the_device_computes_the_same_threshold(curves, target):
+def test_the_device_computes_the_same_threshold(curves, segmented, target):
     method = mtsa.sparsify(sharp_model(), config_of()).model.layers[0].self_attn.sparse_attention
-    for fit in (Calibrated.of(curves["prefill"], target), Calibrated(30.0, 2.0, target)):
+    fits = [Calibrated.of(curve, target) for curve in (curves["prefill"], segmented)]
+    for fit in (*fits, Calibrated(30.0, 2.0, target)):
         method.set_calibrated({"prefill": fit})
         keys = torch.tensor([1, 20, 64, 100, 300, 1000, 5000, 100_000])
         given = method.threshold(keys, False)

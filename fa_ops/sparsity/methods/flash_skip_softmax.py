@@ -26,12 +26,13 @@ class FlashSkipSoftmax(SparseAttentionMethod):
     config_class: ClassVar[type] = FlashSkipSoftmaxConfig
     config: FlashSkipSoftmaxConfig
     fixed: Tensor  # (2, Hq) float32: λ of phases that are not calibrated
-    line: Tensor  # (2, 1 + 2 * MOST_KNOTS) float32: start, at and by of `Calibrated.bends`
+    line: Tensor  # (2, 1 + 2 * MOST_KNOTS) float64, for it is steep: start, at and by of `Calibrated.bends`
 
     def __init__(self, config: FlashSkipSoftmaxConfig, num_heads: int, device: torch.device) -> None:
         super().__init__(config, num_heads, device)
         self.register_buffer("fixed", torch.zeros(2, num_heads, device=device), persistent=False)
-        self.register_buffer("line", torch.zeros(2, 1 + 2 * MOST_KNOTS, device=device), persistent=False)
+        line = torch.zeros(2, 1 + 2 * MOST_KNOTS, dtype=torch.float64, device=device)
+        self.register_buffer("line", line, persistent=False)
         self.set_thresholds(config.thresholds)
 
     @property
@@ -61,7 +62,7 @@ class FlashSkipSoftmax(SparseAttentionMethod):
             if calibrated is not None:
                 start, *bends = calibrated.bends()
                 padded = [row + [0.0] * (MOST_KNOTS - len(row)) for row in bends]
-                self.line[index].copy_(torch.tensor([start, *padded[0], *padded[1]]))
+                self.line[index].copy_(torch.tensor([start, *padded[0], *padded[1]], dtype=torch.float64))
                 kinds.append(CALIBRATED if calibrated.target > 0 else DENSE)
             elif thresholds is not None:
                 self.fixed[index].copy_(torch.tensor(thresholds))
@@ -77,9 +78,9 @@ class FlashSkipSoftmax(SparseAttentionMethod):
             return None
         if self.kinds[phase] == CALIBRATED:
             start, at, by = self.line[phase].split((1, MOST_KNOTS, MOST_KNOTS))
-            log_keys = visible_keys.clamp(min=1)[:, None].to(torch.float32).log()
+            log_keys = visible_keys.clamp(min=1)[:, None].to(torch.float64).log()
             log_threshold = start + ((log_keys - at).clamp(min=0) * by).sum(-1, keepdim=True)
-            return log_threshold.exp().clamp(max=MOST_THRESHOLD).repeat(1, self.num_heads)
+            return log_threshold.exp().clamp(max=MOST_THRESHOLD).float().repeat(1, self.num_heads)
         return self.fixed[phase].repeat(visible_keys.shape[0], 1)
 
     def apply_sparsity(
