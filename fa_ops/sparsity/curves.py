@@ -31,7 +31,7 @@ from torch import Tensor
 # the logarithm of the length.
 LENGTHS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0, 5 / 4, 3 / 2, 2.0, 3.0, 4.0, 8.0, 16.0)
 # Of decoding over more keys than a segment: at these parts of each of the first SEGMENTS, and JUMP keys into it.
-SEGMENT_PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+SEGMENT_PARTS = (1 / 32, 3 / 32, 3 / 16, 5 / 16, 7 / 16, 9 / 16, 11 / 16, 13 / 16, 15 / 16, 1.0)
 SEGMENTS = 8
 JUMP = 16
 MOST_KNOTS = SEGMENTS * (1 + len(SEGMENT_PARTS)) + len(LENGTHS)

@@ -86,7 +86,7 @@ def segmented() -> ShareCurve:
     return _curve("decode", recorder, (False, True))
 
 
-@pytest.mark.parametrize("length", [1000, 2048, 3072, 4096, 8192, 16384])
+@pytest.mark.parametrize("length", [1024, 2048, 3072, 4096, 8192, 16384])
 def test_decoding_over_segments(segmented, length):
     """Half, once, twice and four times as long as the texts, where segments are full, and between: λ of the middle of a
     key block's rows."""
