@@ -182,7 +182,7 @@ def attention_decode_kernel(
                 mark_kept(bits_ptr, n0 // BLOCK_N, is_kept)
         counts_ptr += batch * tl.num_programs(1) * GROUP_SIZE + head
         tl.atomic_add(counts_ptr, num_visited.to(tl.int64), mask=is_head)
-        counts_ptr += num_seqs.to(tl.int64) * tl.num_programs(1) * GROUP_SIZE
+        counts_ptr += tl.cast(num_seqs, tl.int64) * tl.num_programs(1) * GROUP_SIZE
         tl.atomic_add(counts_ptr, num_dropped.to(tl.int64), mask=is_head)
     else:
         for n0 in tl.range(n_first, n_end, BLOCK_N):

@@ -333,7 +333,9 @@ def attention_forward_kernel(
         )  # fmt: skip
         counts_ptr += batch * tl.num_programs(1) + head
         tl.atomic_add(counts_ptr, num_visited.to(tl.int64), sem="relaxed")
-        tl.atomic_add(counts_ptr + num_seqs.to(tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64), sem="relaxed")
+        tl.atomic_add(
+            counts_ptr + tl.cast(num_seqs, tl.int64) * tl.num_programs(1), num_dropped.to(tl.int64), sem="relaxed"
+        )
     else:
         for n0 in tl.range(begin, end, BLOCK_N):
             s, v = _masked_scores(

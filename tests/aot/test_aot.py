@@ -105,6 +105,15 @@ def test_skip_softmax_fits(kernel: str, arch: str, blocks: tuple[int, int]):
     assert MATRIX_INSTRUCTION[arch] in report.ptx or arch in ("sm_90", "sm_100")  # theirs take 64 rows at the least
 
 
+@pytest.mark.parametrize("kernel", ["forward", "decode"])
+def test_numbers_may_be_constants(kernel: str):
+    """torch 2.11 makes constants of them to find out what a kernel writes; where that fails, it takes all tensors for
+    written, and cannot compile a call with a threshold for all heads."""
+    sizes = {"SKIP_BLOCK_Q": 64, "SKIP_BLOCK_K": 128, "num_seqs": 3, "rows_q": 5, "rows_k": 7}
+    tile = select_tile(kernel, "sm_90", 128, 128, False, (64, 128))
+    assert compile_kernel(kernel, "sm_90", tile, "bf16", 128, SKIP_SOFTMAX=True, **sizes).ptx
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combine(arch: str):
     check("combine", arch, Tile(1, 16, 8, 1), "bf16", 256, HAS_SINKS=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 import fa_ops
 from fa_ops import decoding
@@ -67,6 +68,21 @@ def test_bits(skip_share, kernel):
     case = decoding_case((5000, 3, 700), **sizes(64, torch.bfloat16, skip_share=skip_share))
     properties.check_repeats(fa_ops.attention, case, "cuda", repeats=50)
     properties.check_batch_invariance(fa_ops.attention, case, "cuda")
+
+
+@pytest.mark.parametrize("skip_share", [None, 0.5], ids=["dense", "skip_softmax"])
+def test_compiled(skip_share, tmp_path):
+    """With one threshold for all sequences and heads: a tensor whose elements lie in one place."""
+    case = decoding_case((5000, 3, 700), **sizes(128, torch.bfloat16, skip_share=skip_share, skip_form="scalar"))
+    inputs = case.build("cuda")
+    with fresh_cache(dir=str(tmp_path)):
+        torch.compiler.reset()
+        compiled = torch.compile(fa_ops.attention, fullgraph=True)
+        found, expected = (
+            dict(zip(("out", "lse"), inputs.call(f, inputs.q, inputs.k, inputs.v), strict=True))
+            for f in (compiled, fa_ops.attention)
+        )
+    properties.assert_same_bits(found, expected, "when compiled")
 
 
 def test_cuda_graph_replays_with_other_lengths(kernel):
