@@ -370,7 +370,7 @@ def _check_bounds(memory: Tensor, at: Tensor, what: str) -> None:
         raise EmulationError(f"elements {int(at.min())} to {int(at.max())} of {len(memory)} are {what}")
 
 
-def _store(pointer: _Pointer, value: Any, mask: Any) -> None:
+def _store(pointer: _Pointer, value: Any, mask: Any = True) -> None:
     value, mask, at = torch.broadcast_tensors(*map(torch.as_tensor, (value, mask, pointer.offset)))
     at = at[mask]
     _check_bounds(pointer.memory, at, "written")
