@@ -470,15 +470,12 @@ if HAS_TRITON and not IS_INTERPRETED:
     # That graph holds the forward op alone, so its entry lists the backward's kernels too.
     _backward_kernels = [attention_backward_dq_kernel, attention_backward_dkv_kernel]
     # Which opaque ops the bodies call is in no kernel's source: one kernel of each stands for it.
-    _hopper_kernels = []
+    _forward_kernels = [attention_forward_kernel, attention_decode_kernel, attention_combine_kernel]
     if tier.TIER != "portable":
-        _hopper_kernels.append(tile_list_kernel)
+        _forward_kernels.append(tile_list_kernel)
         _backward_kernels.append(backward_tiles_kernel)
     torch._library.triton.triton_ops_to_kernels.update({
-        "modelopt::varlen_attention": [
-            attention_forward_kernel, attention_decode_kernel, attention_combine_kernel, *_backward_kernels,
-            *_hopper_kernels,
-        ],
+        "modelopt::varlen_attention": [*_forward_kernels, *_backward_kernels],
         "modelopt::varlen_attention_backward": _backward_kernels,
     })  # fmt: skip
 

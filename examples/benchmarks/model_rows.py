@@ -2,6 +2,8 @@
 
 import argparse
 import csv
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -57,6 +59,24 @@ def finished_rows(path: Path, setting: Row) -> list[Row]:
     return [
         row for row in rows if "skipped" not in row and all(row.get(name, "") == str(setting[name]) for name in SETTING)
     ]
+
+
+class Agenda:
+    """What of the planned rows is still to be measured: none of an earlier run's, none behind the time limit."""
+
+    def __init__(self, options: argparse.Namespace, done: list[Row]) -> None:
+        self.time_limit = options.time_limit
+        self.deadline = time.monotonic() + options.time_limit
+        self.known = {row_key(row): row for row in done}
+
+    def settled(self, columns: Row) -> Row | None:
+        """The row as it is without measuring it; None, and a line on stderr, for one to be measured."""
+        if row_key(columns) in self.known:
+            return self.known[row_key(columns)]
+        if time.monotonic() > self.deadline:
+            return columns | {"skipped": f"not run: the time limit of {self.time_limit:g} s had passed"}
+        print(*columns.values(), file=sys.stderr, flush=True)
+        return None
 
 
 def row_key(row: Row) -> tuple[str, ...]:

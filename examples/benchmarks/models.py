@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from comparing import error_text, relative_difference
-from model_rows import footnote, heading, parse, record, row_key
+from model_rows import Agenda, footnote, heading, parse, record, row_key
 from report import Row
 from timing import Clock, CpuClock, CudaClock, interleave, summary
 from torch import Tensor
@@ -118,23 +118,19 @@ def cells(quick: bool) -> list[tuple[str, Workload]]:
 
 
 def bench(options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
-    deadline = time.monotonic() + options.time_limit
-    known = {row_key(row): row for row in done}
+    agenda = Agenda(options, done)
     models = make_models(TINY if options.quick else LLAMA, options.device)
     references: dict[Workload, Tensor | str] = {}
     for mode, workload in cells(options.quick):
         for impl in IMPLS:
             columns = workload.columns(mode, impl)
-            if row_key(columns) in known:
-                yield known[row_key(columns)]
-            elif time.monotonic() > deadline:
-                yield columns | {"skipped": f"not run: the time limit of {options.time_limit:g} s had passed"}
-            else:
-                print(*columns.values(), file=sys.stderr, flush=True)
+            row = agenda.settled(columns)
+            if row is None:
                 prepare = partial(TASKS[workload.task], workload=workload)
                 if workload not in references:
                     references[workload] = reference_logits(models[REFERENCE], prepare)
-                yield columns | bench_cell(models[impl], prepare, mode, references[workload], measure)
+                row = columns | bench_cell(models[impl], prepare, mode, references[workload], measure)
+            yield row
 
 
 def make_models(sizes: dict[str, int], device: str) -> dict[str, PreTrainedModel]:

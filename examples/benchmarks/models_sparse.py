@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from attention_time import attention_milliseconds, marked_attention
 from comparing import relative_difference
-from model_rows import footnote, heading, parse, record, row_key
+from model_rows import Agenda, footnote, heading, parse, record, row_key
 from models import (
     LLAMA,
     OURS,
@@ -110,22 +110,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def bench(options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
-    deadline = time.monotonic() + options.time_limit
-    known = {row_key(row): row for row in done}
+    agenda = Agenda(options, done)
     block = (16, 16) if options.quick else (64, 128)
     models = make_models(TINY if options.quick else LLAMA, options.device, block)
     with marked_attention(*IMPLS):
         for workload in workloads(options.quick):
             cells: Cells | None = None
             for columns in planned(workload, block):
-                if row_key(columns) in known:
-                    yield known[row_key(columns)]
-                elif time.monotonic() > deadline:
-                    yield columns | {"skipped": f"not run: the time limit of {options.time_limit:g} s had passed"}
-                else:
-                    print(*columns.values(), file=sys.stderr, flush=True)
+                row = agenda.settled(columns)
+                if row is None:
                     cells = cells or Cells(models, workload)
-                    yield columns | cells.measured(columns)
+                    row = columns | cells.measured(columns)
+                yield row
 
 
 def make_models(sizes: dict[str, int], device: str, block: tuple[int, int]) -> dict[str, LlamaForCausalLM]:
