@@ -124,7 +124,7 @@ def test_the_log_says_which_kernels_run(caplog, launches, monkeypatch):
     assert [message for message in caplog.messages if "backward" in message] == [
         "varlen_attention_backward: sm_90 kernels",
         "varlen_attention_backward: portable kernels, since softcap",
-        "varlen_attention_backward: portable kernels, since FA_OPS_KERNEL is 'auto'",
+        "varlen_attention_backward: portable kernels, since cpu is not of sm_90",
     ]
 
 
