@@ -15,6 +15,9 @@ from tests.aot.compiling import MATRIX_INSTRUCTION, Report, compile_kernel
 
 KERNELS = ("forward", "decode", "dq", "dkv")
 LEAST_SHARED_MEMORY = min(SHARED_MEMORY, key=SHARED_MEMORY.__getitem__)
+# What `make test` compiles for.
+QUICK = ("sm_90", LEAST_SHARED_MEMORY)
+ARCHITECTURE_PARAMS = [pytest.param(arch, marks=() if arch in QUICK else pytest.mark.slow) for arch in ARCHITECTURES]
 ALL_FEATURES = dict.fromkeys(("HAS_LEFT", "HAS_RIGHT", "HAS_SOFTCAP", "HAS_SINKS", "HAS_KEY_MASK", "HAS_DLSE"), True)
 
 
@@ -46,10 +49,11 @@ def find_faults(kernel: str, arch: str, dtype: str, report: Report) -> list[str]
 
 def rows() -> list:
     """float32 takes seconds for each, so `make test` has it for the smallest shared memory alone."""
+    quick = {*itertools.product(("bf16",), QUICK), ("fp32", LEAST_SHARED_MEMORY)}
     return [
         pytest.param(
             kernel, arch, dtype, head_dim, id=f"{kernel}-{dtype}-{arch}-{head_dim}",
-            marks=pytest.mark.slow if dtype == "fp32" and arch != LEAST_SHARED_MEMORY else (),
+            marks=() if (dtype, arch) in quick else pytest.mark.slow,
         )
         for kernel in KERNELS for dtype in ("bf16", "fp32") for arch in ARCHITECTURES for head_dim in HEAD_DIM_ROWS
     ]  # fmt: skip
@@ -77,7 +81,7 @@ def test_matrix_instructions_of_sm_90_overlap(kernel: str, head_dim: int, sides:
     check(kernel, "sm_90", select_tile(kernel, "sm_90", head_dim, head_dim, False), "bf16", head_dim, **flags)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURE_PARAMS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_all_features_at_once(kernel: str, arch: str):
     check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, IS_PACKED=False, **ALL_FEATURES)
@@ -85,7 +89,7 @@ def test_all_features_at_once(kernel: str, arch: str):
 
 def skip_rows() -> list:
     """Every pair of block sizes at D 128; `make test` has the default one and the smallest, for two architectures."""
-    quick = list(itertools.product(("sm_90", LEAST_SHARED_MEMORY), ((64, 128), (16, 16))))
+    quick = list(itertools.product(QUICK, ((64, 128), (16, 16))))
     return [
         pytest.param(
             kernel, arch, blocks, id=f"{kernel}-{arch}-{blocks[0]}x{blocks[1]}",
@@ -127,7 +131,7 @@ def test_paged_caches(kernel: str, arch: str, paging: int):
     check(kernel, arch, select_tile(kernel, arch, 128, 128, False), "bf16", 128, **flags)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURE_PARAMS)
 def test_counting_fits(arch: str):
     """The default blocks, and every feature at the largest head."""
     plain = compile_kernel("counting", arch, select_tile("forward", arch, 128, 128, False, (64, 128)), "bf16", 128)

@@ -13,7 +13,12 @@ from tests.support.cases import Case
 from tests.support.draw import draw_case
 
 SMALL = dataclasses.replace(PROFILE, max_len=40, max_rows_by_heads=100)
-BATCHES = [case for case in (draw_case(SMALL, seed) for seed in range(1000, 1100)) if len(case.lens_q) > 1]
+# The accuracy rule wants many numbers, and so many heads; bits are as equal with one head for keys.
+BATCHES = [
+    dataclasses.replace(case, heads_kv=1)
+    for case in (draw_case(SMALL, seed) for seed in range(1000, 1100))
+    if len(case.lens_q) > 1
+]
 
 
 @pytest.mark.parametrize("case", BATCHES[:10], ids=str)

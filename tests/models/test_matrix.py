@@ -72,12 +72,10 @@ def grid(families: tuple[str, ...], quick: dict[str, tuple[str, ...]]) -> list:
 QUICK_DYNAMIC = {"llama": ("left",), "mistral": ("none",)}
 QUICK_STATIC = {
     "llama": ("none",),
-    "qwen3": ("right",),
     "mistral": ("left",),
     "gemma2": ("right",),
     "gemma3": ("none",),
     "gpt_oss": ("left",),
-    "t5gemma": ("left",),
     "whisper": ("right",),
 }
 QUICK_WITHOUT_CACHE = {"bert": ("left",), "modernbert": ("right",)}
