@@ -4,8 +4,9 @@
 
 The share is made by a λ on structured inputs (structured.py): λ is found by running the op and counting on the device,
 for each wanted share. All implementations of a length are timed in turn. Writes DIR/sparsity-<device>.csv after each
-length, and a plot of the speed over own dense attention. The exit status is 1 when fa_ops fails, when a peer differs
-from it, or when the λ that should drop nothing drops something. README.md beside this says how figures are measured.
+length, and a plot of the speed over own dense attention; with FA_OPS_KERNEL=portable their names end in "-portable".
+The exit status is 1 when fa_ops fails, when a peer differs from it, or when the λ that should drop nothing drops
+something. README.md beside this says how figures are measured.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from timing import Clock, CpuClock, CudaClock, Run, interleave, summary
 from torch import Tensor
 
 import fa_ops
+from fa_ops.kernels import tier
 from fa_ops.sparsity.config import FlashSkipSoftmaxConfig
 
 SHARES = (0.3, 0.5, 0.72, 0.8)
@@ -41,7 +43,8 @@ COLUMNS = (
     "case", "dtype", "num_heads_q", "num_heads_kv", "head_dim", "batch", "lengths", "is_causal", "br", "bc",
     "impl", "wanted", "threshold", "share", "median_ms", "min_ms", "max_ms", "samples", "tflops",
     "speed_over_dense", "speed_over_cudnn", "speed_over_flash", "difference", "error", "skipped",
-    "device", "card", "clocks", "threads", "python", "torch", "triton", "cuda", "cudnn", "driver", "commit", "date",
+    "tier", "device", "card", "clocks", "threads", "python", "torch", "triton", "cuda", "cudnn", "driver", "commit",
+    "date",
 )  # fmt: skip
 
 
@@ -60,7 +63,8 @@ def cases(device: str) -> list[Case]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     clock: Clock = CudaClock() if options.device == "cuda" else CpuClock()
-    path = options.output / f"sparsity-{device_kind(options.device)}"
+    kernels = "-portable" if tier.TIER == "portable" else ""
+    path = options.output / f"sparsity-{device_kind(options.device)}{kernels}"
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_limit
     rows: list[Row] = []
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             added = [case_columns(case) | {"skipped": reason}]
         else:
             added = bench_case(case, options.device, clock, options.block)
-        environment = describe(options.device)
+        environment = describe(options.device) | {"tier": tier.TIER}
         rows += [row | environment for row in added]
         write_csv(rows, path.with_suffix(".csv"), COLUMNS)
     print(" | ".join(f"{name} {value}" for name, value in environment.items() if value))

@@ -287,11 +287,11 @@ class TestSparsity:
         assert bench.sparsity.break_even([(0.0, 0.8), (0.3, 0.9)]) is None
         assert bench.sparsity.break_even([]) is None
 
-    def run(self, bench, case, tmp_path, monkeypatch, *arguments):
+    def run(self, bench, case, tmp_path, monkeypatch, *arguments, name="sparsity-cpu"):
         monkeypatch.setattr(bench.sparsity, "cases", lambda device: [case])
         monkeypatch.setenv("FA_OPS_COMMIT", "abc123")
         status = bench.sparsity.main(["--device", "cpu", "--block", "16", "16", "--output", str(tmp_path), *arguments])
-        with (tmp_path / "sparsity-cpu.csv").open() as file:
+        with (tmp_path / f"{name}.csv").open() as file:
             return status, list(csv.DictReader(file))
 
     def test_smoke(self, bench, case, tmp_path, monkeypatch, capsys):
@@ -309,6 +309,13 @@ class TestSparsity:
                 assert abs(float(row["share"]) - float(row["wanted"])) < 0.02
         assert "when nothing is dropped" in capsys.readouterr().out
         assert (tmp_path / "sparsity-cpu.png").stat().st_size > 10_000
+
+    def test_portable_kernels_have_files_of_their_own(self, bench, case, tmp_path, monkeypatch):
+        monkeypatch.setattr(bench.sparsity.tier, "TIER", "portable")
+        monkeypatch.setattr(bench.sparsity, "SHARES", ())
+        _, rows = self.run(bench, case, tmp_path, monkeypatch, name="sparsity-cpu-portable")
+        assert {row["tier"] for row in rows} == {"portable"}
+        assert not (tmp_path / "sparsity-cpu.csv").exists()
 
     def test_a_threshold_that_should_drop_nothing_but_does_fails(self, bench, case, tmp_path, monkeypatch):
         monkeypatch.setattr(bench.sparsity, "NOTHING", 0.3)
