@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from environment import describe, device_kind, version
-from report import Row, write_csv
+from report import Row, cut_off, write_csv
 
 CELL = ("task", "layout", "length", "batch", "compile")
 SETTING = ("device", "card", "torch", "triton", "transformers", "commit")
@@ -74,7 +74,7 @@ class Agenda:
         if row_key(columns) in self.known:
             return self.known[row_key(columns)]
         if time.monotonic() > self.deadline:
-            return columns | {"skipped": f"not run: the time limit of {self.time_limit:g} s had passed"}
+            return columns | cut_off(self.time_limit)
         print(*columns.values(), file=sys.stderr, flush=True)
         return None
 

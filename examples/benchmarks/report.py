@@ -67,6 +67,11 @@ def cell(row: Row) -> tuple[object, ...]:
     return tuple(row[column] for column in KEY)
 
 
+def cut_off(time_limit: float) -> Row:
+    """What a row says that was not begun, its time limit of so many seconds having passed."""
+    return {"skipped": f"not run: the time limit of {time_limit:g} s had passed"}
+
+
 def write_csv(rows: list[Row], path: Path, columns: Sequence[str] = COLUMNS) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")

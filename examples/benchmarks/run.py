@@ -29,7 +29,7 @@ from environment import describe, device_kind
 from parts import Part, cpu_parts, cuda_parts
 from peers import load_external
 from plot import is_drawn, write_plot
-from report import Row, add_ratios, bar_lines, table, twin_lines, write_csv
+from report import Row, add_ratios, bar_lines, cut_off, table, twin_lines, write_csv
 from timing import CpuClock, CudaClock
 
 from fa_ops.kernels import tier
@@ -102,8 +102,7 @@ def measure_parts(parts: list[Part], time_limit: float, rows: list[Row]) -> None
         seconds = time.monotonic() - start
         print(f"[{index + 1}/{len(parts)}] {seconds:.0f} s: {part.name}", file=sys.stderr, flush=True)
         if seconds > time_limit:
-            reason = f"not run: the time limit of {time_limit:g} s had passed"
-            rows += [row | {"skipped": reason} for row in part.planned]
+            rows += [row | cut_off(time_limit) for row in part.planned]
             continue
         try:
             rows += part.measure()

@@ -24,7 +24,7 @@ from comparing import TOLERANCE, compare, error_text, has_run
 from environment import describe, device_kind
 from peers import PEERS, Data, packed_run
 from plot import color
-from report import Row, case_columns, write_csv
+from report import Row, case_columns, cut_off, write_csv
 from structured import structured_data
 from timing import Clock, CpuClock, CudaClock, Run, interleave, summary
 from torch import Tensor
@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases(options.device):
         print(case.name, file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
-            reason = f"not run: the time limit of {options.time_limit:g} s had passed"
-            added = [case_columns(case) | {"skipped": reason}]
+            added = [case_columns(case) | cut_off(options.time_limit)]
         else:
             added = bench_case(case, options.device, clock, options.block)
         environment = describe(options.device) | {"tier": tier.TIER}

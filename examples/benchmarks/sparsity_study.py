@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import study_allocation
 import torch
 from environment import describe, version
-from report import Row, write_csv
+from report import Row, cut_off, write_csv
 from study_attention import ATTENTION, PHASES, Setting, register
 from study_loss import Bootstrap, Losses, Windows, bits_per_byte, count_margins, cut_windows, evaluate
 from study_report import write_report
@@ -184,7 +184,7 @@ class Study:
 
     @property
     def late(self) -> Row:
-        return {"skipped": f"not run: the time limit of {self.options.time_limit:g} s had passed"}
+        return cut_off(self.options.time_limit)
 
     def plan(self) -> list[tuple[Setting, str]]:
         """Settings and allocations to measure, the most telling first."""
