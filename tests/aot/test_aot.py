@@ -48,7 +48,7 @@ def find_faults(kernel: str, arch: str, dtype: str, report: Report) -> list[str]
 
 
 def rows() -> list:
-    """float32 takes seconds for each, so `make test` has it for the smallest shared memory alone."""
+    """`make test` has 16 bits for QUICK, and float32, seconds for each, for the least shared memory alone."""
     quick = {*itertools.product(("bf16",), QUICK), ("fp32", LEAST_SHARED_MEMORY)}
     return [
         pytest.param(

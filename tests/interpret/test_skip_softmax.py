@@ -23,7 +23,7 @@ PROFILE = Profile(
     max_seqs=2,
 )
 SEEDS = range(5000, 5100)
-QUICK = SEEDS[24:50:24]
+QUICK = (5024, 5048)
 
 
 @functools.cache
