@@ -43,7 +43,8 @@ print(time.process_time() - start)
 def start_fresh(code: str, without: str | None = None) -> subprocess.CompletedProcess:
     """Runs `code` in a new process that sees no GPU and, where named, not the module `without`."""
     hidden = f"import sys; sys.modules[{without!r}] = None\n" if without else ""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    # fa_ops may be compiled to bytecode once, as that of an installation is, and not at each import
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": ""}
     return subprocess.run([sys.executable, "-c", hidden + code], env=env, capture_output=True, text=True, timeout=120)
 
 
