@@ -125,13 +125,14 @@ def _softmax(
 
 @gluon.jit
 def _attend(
-    acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns, blocks,
+    acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns, blocks,
     offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """The scores of the key block at n0 beside the product of the block before it, `blocks`, with its values."""
+    p = _operand(packed, out_layout, v_smem.dtype)
     slot_k = (blocks + 1) % STAGES
     slot_v = blocks % STAGES
     mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
@@ -153,13 +154,13 @@ def _attend(
         s, l_i, m_i, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout,
         BLOCK_N, HAS_LEFT, MASKED,
     )  # fmt: skip
-    p_new = _operand(p_new, out_layout, v_smem.dtype)
+    packed = _pack(p_new, v_smem.dtype)
     if not MASKED:
         # until here the product reads P's registers
         acc, p = warpgroup_mma_wait(0, deps=[product, p])
         mbarrier.arrive(v_empty.index(slot_v))
     acc = acc * _column(alpha, out_layout)
-    return acc, l_i, m_i, p_new
+    return acc, l_i, m_i, packed
 
 
 @gluon.jit
@@ -183,9 +184,24 @@ def _column(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _operand(p, layout: gl.constexpr, dtype: gl.constexpr):
-    """P as the left operand of a product that accumulates in `layout`."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, layout, 2))
+def _pack(p, dtype: gl.constexpr):
+    """P in 16 bits, two neighbours of a row in an integer: a loop would carry each of them in a register of its own."""
+    low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        convert: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(convert, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _operand(packed, layout: gl.constexpr, dtype: gl.constexpr):
+    """What _pack gave, as the left operand of a product that accumulates in `layout`. No instruction comes of it."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [packed], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    p = gl.reshape(gl.join(low, high), [packed.shape[0], 2 * packed.shape[1]])
+    return gl.convert_layout(gl.cast(p, dtype, bitcast=True), gl.DotOperandLayout(0, layout, 2))
 
 
 @gluon.jit
@@ -231,7 +247,7 @@ def _consume(
                 s, l_i, m_i, offs_m, last, len_q, len_k, window_left, window_right, scale_log2, s_layout,
                 BLOCK_N, HAS_LEFT, True,
             )  # fmt: skip
-            p = _operand(p, out_layout, v_smem.dtype)
+            packed = _pack(p, v_smem.dtype)
             # one block is behind us; those masked at their left share the loop of those masked at their right
             n0 = last - BLOCK_N
             num_whole = gl.load(record_ptr + 5)
@@ -244,8 +260,8 @@ def _consume(
                     num_masked = num_blocks - 1 - num_masked - num_whole
                     num_whole = 0
                 for _ in range(num_masked):
-                    acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
+                    acc, l_i, m_i, packed = _attend(
+                        acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
                         blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
                         CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, True,
                     )  # fmt: skip
@@ -253,8 +269,8 @@ def _consume(
                     blocks += 1
                     turns += 1
                 for _ in range(num_whole):
-                    acc, l_i, m_i, p = _attend(
-                        acc, l_i, m_i, p, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
+                    acc, l_i, m_i, packed = _attend(
+                        acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
                         blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
                         CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, False,
                     )  # fmt: skip
@@ -264,7 +280,7 @@ def _consume(
             t = _next_tile(next_smem, q_empty.index(CONSUMER))
             slot = blocks % STAGES
             mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
-            acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
+            acc = warpgroup_mma(_operand(packed, out_layout, v_smem.dtype), _rows(v_smem.index(slot)), acc)
             mbarrier.arrive(v_empty.index(slot))
             blocks += 1
         else:

@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa_ops.kernels import backward_tiles
-from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _operand, _rows, is_visible
+from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _operand, _pack, _rows, is_visible
 from fa_ops.kernels.hopper_sparse import _allocate_tile_slots, _give, _take
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
@@ -130,24 +130,26 @@ def _score_gradients(
 
 @gluon.jit
 def _add_keys(
-    dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
+    dq, packed, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0, len_q, len_k,
     window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, STAGES: gl.constexpr,
     HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """(dq + dS K of the block before, dS) of the key block at n0, `blocks`."""
+    """(dq + dS K of the block before, dS packed) of the key block at n0, `blocks`."""
+    ds = _operand(packed, out_layout, k_smem.dtype)
     slot = blocks % STAGES
     slot_before = (blocks + STAGES - 1) % STAGES
     mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
     scores = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     products = warpgroup_mma(dout, _rows(v_smem.index(slot)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     product = warpgroup_mma(ds, _rows(k_smem.index(slot_before)), dq, is_async=True)
-    ds_new = _score_gradients(
+    gradients = _score_gradients(
         scores, products, lse, delta, offs_smem, offs_m, n0, len_q, len_k, window_right, scale_log2,
         s_layout, HAS_RIGHT, MASKED, 1,
-    ).to(k_smem.dtype)  # fmt: skip
+    )  # fmt: skip
+    packed = _pack(gradients, k_smem.dtype)
     dq, ds = warpgroup_mma_wait(0, deps=[product, ds])
     mbarrier.arrive(empty.index(slot_before))
-    return dq, _operand(ds_new, out_layout, k_smem.dtype)
+    return dq, packed
 
 
 @gluon.jit
@@ -198,27 +200,27 @@ def _consume_keys(
         # Q and dO are operands in registers, so their place is free for those of the next tile. Not before a product
         # with them has ended: until then loads may be under way, and the copy engine would overtake them.
         mbarrier.arrive(own_empty.index(CONSUMER))
-        ds = _operand(ds, out_layout, k_smem.dtype)
+        packed = _pack(ds, k_smem.dtype)
         n0 += BLOCK_N
         blocks += 1
         if num_full == 0:
             num_right -= 1
         for _ in range(num_full - 1):
-            dq, ds = _add_keys(
-                dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+            dq, packed = _add_keys(
+                dq, packed, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
                 len_q, len_k, window_right, scale_log2, s_layout, out_layout, STAGES, HAS_RIGHT, False,
             )  # fmt: skip
             n0 += BLOCK_N
             blocks += 1
         for _ in range(num_right):
-            dq, ds = _add_keys(
-                dq, ds, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
+            dq, packed = _add_keys(
+                dq, packed, q, dout, zeros, lse, delta, k_smem, v_smem, offs_smem, full, empty, blocks, offs_m, n0,
                 len_q, len_k, window_right, scale_log2, s_layout, out_layout, STAGES, HAS_RIGHT, True,
             )  # fmt: skip
             n0 += BLOCK_N
             blocks += 1
         slot = (blocks + STAGES - 1) % STAGES
-        dq = warpgroup_mma(ds, _rows(k_smem.index(slot)), dq)
+        dq = warpgroup_mma(_operand(packed, out_layout, k_smem.dtype), _rows(k_smem.index(slot)), dq)
         mbarrier.arrive(empty.index(slot))
         # read again rather than kept in registers
         m0 = gl.load(record_ptr) + CONSUMER * ROWS
@@ -380,10 +382,11 @@ def _add_queries(
         )  # fmt: skip
         s = gl.where(visible, s, float("-inf"))
     p = gl.exp2(s * scale_log2 - _load_term(terms_smem.index(2 * slot), s_layout))
-    p_operand = _operand(p, out_layout, dout_smem.dtype)
+    p_operand = _operand(_pack(p, dout_smem.dtype), out_layout, dout_smem.dtype)
     product_v = warpgroup_mma(p_operand, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[products])
-    ds = _operand(p * (dp - _load_term(terms_smem.index(2 * slot + 1), s_layout)), out_layout, q_smem.dtype)
+    ds = p * (dp - _load_term(terms_smem.index(2 * slot + 1), s_layout))
+    ds = _operand(_pack(ds, q_smem.dtype), out_layout, q_smem.dtype)
     product_k = warpgroup_mma(ds, q, dk, is_async=True)
     dv, dk, p_operand, ds = warpgroup_mma_wait(0, deps=[product_v, product_k, p_operand, ds])
     mbarrier.arrive(empty.index(slot))

@@ -37,7 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -53,6 +52,7 @@ CONSUMERS = gl.constexpr(2)
 _column = hopper._column
 _copy = hopper._copy
 _operand = hopper._operand
+_pack = hopper._pack
 _rows = hopper._rows
 is_visible = hopper.is_visible
 key_range = gluon.jit(primitives.key_range.fn)
@@ -103,8 +103,8 @@ def _is_wanted(votes_smem, slot):
 
 
 @gluon.jit
-def _release_key(k_empty, votes_smem, slot, keeps, CONSUMER: gl.constexpr):
-    """The scores are there, and these are the rows' votes for the values. Returns whether there is one.
+def _vote(votes_smem, slot, keeps, CONSUMER: gl.constexpr):
+    """Writes down whether a warp's rows vote for the values of the block in this slot of K.
 
     A warp has 16 of the rows, a thread two of them: they vote in one instruction, where a maximum over rows would take
     three shuffles.
@@ -122,6 +122,11 @@ def _release_key(k_empty, votes_smem, slot, keeps, CONSUMER: gl.constexpr):
         "=r,=r,r,r", [keeps.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=2,
     )  # fmt: skip
     votes_smem.index(slot * CONSUMERS + CONSUMER).store(gl.permute(gl.reshape(votes, [4, 16]), [1, 0]))
+
+
+@gluon.jit
+def _release_key(k_empty, votes_smem, slot, CONSUMER: gl.constexpr):
+    """The scores are there, and the votes are cast. Returns whether there is one."""
     is_kept = _is_kept(votes_smem, slot, CONSUMER, 4)
     mbarrier.arrive(k_empty.index(slot))
     return is_kept
@@ -280,17 +285,19 @@ def _consume(
         slot_k = blocks % K_STAGES
         mbarrier.wait(k_full.index(slot_k), (blocks // K_STAGES) & 1)
         s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-        is_kept = _release_key(k_empty, votes_smem, slot_k, offs_m >= 0, CONSUMER)
+        _vote(votes_smem, slot_k, offs_m >= 0, CONSUMER)
+        is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
         s = _mask(s, offs_m, 0, len_q, len_k, window_right, s_layout, BLOCK_N, HAS_RIGHT)
         m_first = gl.max(s, 1)
         m_before = m_first
-        p, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-        p = _operand(p, out_layout, v_smem.dtype)
+        s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+        packed = _pack(s, v_smem.dtype)
         mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
         # the block scored last; those below it, down to 1, are left
         block = num_blocks
         while block > 1:
             block -= 1
+            p = _operand(packed, out_layout, v_smem.dtype)
             slot_k = (blocks + 1) % K_STAGES
             mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
             scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -301,13 +308,14 @@ def _consume(
                 s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                 m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
             )  # fmt: skip
-            is_kept = _release_key(k_empty, votes_smem, slot_k, keeps, CONSUMER)
+            _vote(votes_smem, slot_k, keeps, CONSUMER)
+            # between the votes and their count, so that neither is waited for
+            acc, p = warpgroup_mma_wait(0, deps=[product, p])
+            mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
+            is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
             word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             while (is_kept == 0) & (block > 1):
                 block -= 1
-                acc, p = warpgroup_mma_wait(0, deps=[product, p])
-                product = warpgroup_mma_init(acc)
-                mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
                 slot_k = (blocks + 1) % K_STAGES
                 mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
                 s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
@@ -315,24 +323,23 @@ def _consume(
                     s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
                     m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
                 )  # fmt: skip
-                is_kept = _release_key(k_empty, votes_smem, slot_k, keeps, CONSUMER)
+                _vote(votes_smem, slot_k, keeps, CONSUMER)
+                is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
                 # as late as can be: V of the block before, if anybody's, needs the others' decisions
-                mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
+                slot_v = blocks % V_STAGES
+                mbarrier.wait(v_full.index(slot_v), (blocks // V_STAGES) & 1)
+                mbarrier.arrive(v_empty.index(slot_v))
                 blocks += 1
                 word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
-            alpha = gl.full([ROWS], 1.0, gl.float32, row_layout)
             if is_kept:
                 s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
-            # here, where it keeps ptxas from moving the exponentials behind the end of the product
+                acc = acc * _column(alpha, out_layout)
+                packed = _pack(s, v_smem.dtype)
             mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
-            acc, p = warpgroup_mma_wait(0, deps=[product, p])
-            mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
-            acc = acc * _column(alpha, out_layout)
-            p = _operand(s, out_layout, v_smem.dtype)
         mbarrier.arrive(q_empty.index(CONSUMER))
         slot = blocks % V_STAGES
         if is_kept:
-            acc = warpgroup_mma(p, _rows(v_smem.index(slot)), acc)
+            acc = warpgroup_mma(_operand(packed, out_layout, v_smem.dtype), _rows(v_smem.index(slot)), acc)
         mbarrier.arrive(v_empty.index(slot))
         blocks += 1
 

@@ -187,10 +187,10 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
 RELEASE = "mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))\n"
 WAIT = "acc, p = warpgroup_mma_wait(0, deps=[product, p])\n"
 FAULTS = {
-    "a_dropped_block_keeps_its_v": (f"warpgroup_mma_init(acc)\n                {RELEASE}", "warpgroup_mma_init(acc)\n"),
+    "a_dropped_block_keeps_its_v": ("                mbarrier.arrive(v_empty.index(slot_v))\n", ""),
     "v_is_released_before_its_use": (
-        f"            {WAIT}            {RELEASE}            acc = acc",
-        f"            {RELEASE}            {WAIT}            acc = acc",
+        f"            {WAIT}            {RELEASE}",
+        f"            {RELEASE}            {WAIT}",
     ),
     "v_of_the_last_block_is_not_released": (
         "        mbarrier.arrive(v_empty.index(slot))\n        blocks",

@@ -200,7 +200,6 @@ class _Program:
             ),
             "tma": types.SimpleNamespace(async_copy_global_to_shared=self._copy),
             "warpgroup_mma": self._multiply,
-            "warpgroup_mma_init": lambda acc: acc,
             "warpgroup_mma_wait": self._wait_for_products,
             "fence_async_shared": lambda: None,
         }  # fmt: skip
@@ -230,7 +229,7 @@ class _Program:
 
         return types.SimpleNamespace(
             float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64, int32=torch.int32,
-            constexpr=None, static_range=range, static_assert=_static_assert,
+            int16=torch.int16, constexpr=None, static_range=range, static_assert=_static_assert,
             NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
             BlockedLayout=lambda *_: None, SwizzledSharedLayout=lambda *_: None,
             program_id=lambda axis: self.index, num_programs=lambda axis: self.programs,
@@ -240,9 +239,9 @@ class _Program:
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
-            convert_layout=same, cast=lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x,
+            convert_layout=same, cast=_cast, split=lambda x: x.unbind(-1), join=lambda x, y: torch.stack([x, y], -1),
             expand_dims=torch.unsqueeze, reshape=torch.reshape, permute=torch.permute,
-            inline_asm_elementwise=_vote, where=_where, maximum=_maximum, minimum=min,
+            inline_asm_elementwise=_assemble, where=_where, maximum=_maximum, minimum=min,
             cdiv=lambda x, y: -(-x // y),
             max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
             exp2=torch.exp2, log=lambda x: torch.log(torch.as_tensor(x)),
@@ -379,11 +378,22 @@ def _store(pointer: _Pointer, value: Any, mask: Any = True) -> None:
     pointer.memory[at] = value[mask]
 
 
-def _vote(asm: str, constraints: str, args: list[Tensor], **options) -> Tensor:
-    """The one instruction that is known here: in each of a warp's 16 rows, whether the number of any is not 0."""
-    assert "vote.sync.any" in asm
-    (rows,) = args
-    return rows.view(-1, 16).any(1).to(rows.dtype).repeat_interleave(16)
+def _cast(x: Any, dtype: torch.dtype, bitcast: bool = False) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.view(dtype) if bitcast else x.to(dtype)
+
+
+def _assemble(asm: str, constraints: str, args: list[Tensor], **options) -> Any:
+    """The instructions that are known here."""
+    if "vote.sync.any" in asm:  # in each of a warp's 16 rows, whether the number of any is not 0
+        (rows,) = args
+        return rows.view(-1, 16).any(1).to(rows.dtype).repeat_interleave(16)
+    if "mov.b32 {" in asm:  # both halves
+        (packed,) = args
+        return packed.unsqueeze(-1).view(torch.int16).unbind(-1)
+    dtype = {"cvt.rn.bf16x2": torch.bfloat16, "cvt.rn.f16x2.": torch.float16}[asm[:13]]
+    return torch.stack(args, -1).to(dtype).view(torch.int32).squeeze(-1)
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
