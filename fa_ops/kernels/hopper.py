@@ -187,10 +187,7 @@ def _column(x, layout: gl.constexpr):
 def _pack(p, dtype: gl.constexpr):
     """P in 16 bits, two neighbours of a row in an integer: a loop would carry each of them in a register of its own."""
     low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        convert: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(convert, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 
