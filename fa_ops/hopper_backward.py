@@ -8,7 +8,15 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops import hopper
-from fa_ops.launching import dlse_strides, grid, launch_compiled, lse_strides, multi_processors, strides_of
+from fa_ops.launching import (
+    dlse_strides,
+    grid,
+    launch_compiled,
+    lse_strides,
+    mask_strides,
+    multi_processors,
+    strides_of,
+)
 from fa_ops_meta import outputs
 
 if TYPE_CHECKING:
@@ -19,8 +27,8 @@ HEAD_DIMS = (64, 128)
 _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sm90_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    "Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, float softmax_scale, "
-    "int window_right, bool has_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, Tensor? key_mask, "
+    "float softmax_scale, int window_right, bool has_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -38,7 +46,6 @@ def unsupported(
     softmax_scale: float,
     window_left: int,
     softcap: float,
-    key_mask: Tensor | None,
     threshold: Tensor | None,
 ) -> str | None:
     """What of a call the kernels do not know, whatever the device; None if nothing. Sinks are in lse."""
@@ -46,7 +53,6 @@ def unsupported(
         return f"head dimension {q.shape[-1]}"
     for name, is_used in (
         ("window_left", window_left >= 0),  # it would spill registers
-        ("key_mask", key_mask is not None),
         ("skip_softmax_threshold", threshold is not None),
     ):
         if is_used:
@@ -70,12 +76,14 @@ def launch(
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
+    key_mask: Tensor | None,
     softmax_scale: float,
     window_right: int,
     has_sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta) of what `unsupported` lets through; index tensors are contiguous. delta is like lse, and has
-    no elements without sinks, whose gradient needs it."""
+    no elements without sinks, whose gradient needs it. Gradients of sequences with holes in their keys are 0: the
+    portable kernels come after these."""
     from fa_ops.kernels.backward_tiles import row_terms_kernel
     from fa_ops.kernels.configs import HOPPER_BACKWARD_TILES
     from fa_ops.kernels.hopper import ROWS
@@ -108,7 +116,7 @@ def launch(
             "HAS_DLSE": dlse is not None, "HAS_DELTA": has_sinks, "num_warps": 4,
         }  # fmt: skip
         launch_compiled(row_terms_kernel, row_grid, args, constants)
-        lists = q, dout, k, v, index, window_right, block
+        lists = q, dout, k, v, index, key_mask, window_right, block
         tiles, bound = tile_list(*lists, ROWS.value * dq_tile.consumers, dq_tile.block_n, of_keys=False)
         args = (
             *(hopper.ragged_descriptor(t, ROWS.value) for t in (q, dout)),
@@ -135,6 +143,7 @@ def tile_list(
     k: Tensor,
     v: Tensor,
     index: tuple[Tensor, Tensor, Tensor, Tensor],
+    key_mask: Tensor | None,
     window_right: int,
     terms_block: int,
     tile: int,
@@ -148,11 +157,12 @@ def tile_list(
     bound, _ = grid(num_seqs, rows_k if of_keys else rows_q, tile, 1, is_packed)
     records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
     args = (
-        records, *index, window_right, num_seqs, rows_q, rows_k, *(hopper._batch_rows(t) for t in (q, dout, k, v)),
+        records, *index, index[1] if key_mask is None else key_mask, window_right, num_seqs, rows_q, rows_k,
+        *(hopper._batch_rows(t) for t in (q, dout, k, v)), *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
         "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys, "HAS_RIGHT": window_right >= 0,
-        "IS_PACKED": is_packed, "num_warps": 1,
+        "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None, "num_warps": 1,
     }  # fmt: skip
     launch_compiled(backward_tiles_kernel, (bound,), args, constants)
     return records, bound

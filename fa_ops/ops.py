@@ -237,24 +237,28 @@ def _varlen_attention_backward(
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
     require_triton(q)
-    reason = hopper_backward.refusal(
-        q, k, v, b_seq_len, scale, window_left, softcap, key_mask, skip_softmax_threshold
-    )  # fmt: skip
-    if reason is None:
+    reason = hopper_backward.refusal(q, k, v, b_seq_len, scale, window_left, softcap, skip_softmax_threshold)
+    is_hopper = reason is None
+    if is_hopper:
         logger.debug("varlen_attention_backward: sm_90 kernels")
         dq, dk, dv, delta = hopper_backward.attend(
-            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, scale, right, sinks is not None
-        )
-        return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+            dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, start_k, length_k, key_mask, scale, right,
+            sinks is not None,
+        )  # fmt: skip
+        if key_mask is None:
+            return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
+        reason = "sequences may have holes in their keys"
+    else:
+        dq, dk, dv = outputs.empty_backward(q, k, v)
     logger.debug("varlen_attention_backward: portable kernels, since %s", reason)
     # full attention, too, has a window on the right: the kernels without one compile into products that do not overlap
     right = UNLIMITED if right < 0 else right
-    dq, dk, dv = outputs.empty_backward(q, k, v)
     is_packed = q.dim() == 3
     num_seqs, rows_q, rows_k = b_seq_len.shape[0], q.shape[-3], k.shape[-3]
     if num_seqs * rows_q * rows_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), _sink_gradients(q, sinks, lse, None if dlse is None else -dlse)
-    delta = torch.empty_like(lse)
+    if sinks is None or not is_hopper:
+        delta = torch.empty_like(lse)
     index = (
         b_start_loc, b_seq_len, start_k, length_k,
         b_seq_len if key_mask is None else key_mask, b_seq_len if skip_blocks is None else block_bits,
@@ -269,7 +273,7 @@ def _varlen_attention_backward(
         "HAS_LEFT": window_left >= 0, "HAS_RIGHT": True, "HAS_SOFTCAP": softcap > 0.0,
         "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
         "SKIP_BLOCK_Q": 0 if skip_blocks is None else skip_blocks[0],
-        "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1],
+        "SKIP_BLOCK_K": 0 if skip_blocks is None else skip_blocks[1], "HOLES_ONLY": is_hopper,
     }  # fmt: skip
     with device_of(q):
         tile = tile_of("dq", q, v, skip_blocks)

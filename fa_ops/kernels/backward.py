@@ -99,9 +99,10 @@ def attention_backward_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DLSE: tl.constexpr,
-    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
+    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr, HOLES_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid as the forward's. Writes dq, as the forward writes out, and delta for the rows of sequences."""
+    """Grid as the forward's. Writes dq, as the forward writes out, and delta for the rows of sequences. HOLES_ONLY:
+    those without holes in their keys are left alone."""
     tile = tl.program_id(0)
     if IS_PACKED:
         tiles = tl.cdiv(rows_q, BLOCK_M) + num_seqs
@@ -142,6 +143,9 @@ def attention_backward_dq_kernel(
     if HAS_KEY_MASK:
         key_mask_ptr += batch * stride_mb
         is_holey = has_holes(key_mask_ptr, start_k, len_k, stride_ms)
+    if HOLES_ONLY:
+        if not is_holey:
+            return
 
     offs_tile = tl.arange(0, BLOCK_M)
     offs_m = m0 + offs_tile
@@ -281,7 +285,7 @@ def attention_backward_dkv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr,
+    SKIP_BLOCK_Q: tl.constexpr, SKIP_BLOCK_K: tl.constexpr, HOLES_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, Hkv), and if packed the programs that clear. The query heads of a group are summed by one
     program, in their order."""
@@ -316,6 +320,9 @@ def attention_backward_dkv_kernel(
 
     head_kv = tl.program_id(1).to(tl.int64)
     batch = seq.to(tl.int64)
+    if HOLES_ONLY:
+        if not has_holes(key_mask_ptr + batch * stride_mb, start_k, len_k, stride_ms):
+            return
     offs_tile = tl.arange(0, BLOCK_N)
     offs_n = n0 + offs_tile
     offs_d = tl.arange(0, BLOCK_D)

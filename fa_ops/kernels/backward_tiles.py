@@ -11,6 +11,7 @@ from fa_ops.kernels.primitives import (
     COUNTS,
     LOG2E,
     clamp_range,
+    has_holes,
     key_range,
     load_rows,
     padded_tile,
@@ -39,15 +40,16 @@ def seeing_rows(len_q, len_k, window_right, HAS_RIGHT: tl.constexpr):
 
 @triton.jit(do_not_specialize=(*COUNTS, "batch_rows_q", "batch_rows_dout", "batch_rows_k", "batch_rows_v"))
 def backward_tiles_kernel(
-    tiles_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr,
+    tiles_ptr, b_start_loc_ptr, b_seq_len_ptr, b_start_loc_k_ptr, b_seq_len_k_ptr, key_mask_ptr,
     window_right, num_seqs, rows_q, rows_k,
-    batch_rows_q, batch_rows_dout, batch_rows_k, batch_rows_v,
+    batch_rows_q, batch_rows_dout, batch_rows_k, batch_rows_v, stride_mb, stride_ms,
     TILE: tl.constexpr, BLOCK: tl.constexpr, TERMS_BLOCK: tl.constexpr, OF_KEYS: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, IS_PACKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles,): as many as any lengths can ask for. tiles (tiles + 1, RECORD) int32 holds FIELDS of the tiles in
     use, of TILE query rows and their blocks of BLOCK keys, or OF_KEYS the other way round; the last record begins with
-    their number, and with 0 to count those taken. A tile without rows has no blocks."""
+    their number, and with 0 to count those taken. A tile without rows has no blocks, nor have those of a sequence with
+    holes in its keys, for which there are the portable kernels."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     rows = rows_q
@@ -88,6 +90,8 @@ def backward_tiles_kernel(
         begin, full, full_end, block_end = key_range(
             first_row, len_q, len_k, -1, window_right, TILE, BLOCK, False, HAS_RIGHT
         )
+    if HAS_KEY_MASK:
+        is_tile = is_tile & (not has_holes(key_mask_ptr + seq.to(tl.int64) * stride_mb, start_k, len_k, stride_ms))
     num_left, num_full, num_right = 0, 0, 0
     if is_tile:
         num_left = tl.cdiv(tl.maximum(full - begin, 0), BLOCK)

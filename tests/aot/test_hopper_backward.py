@@ -92,9 +92,9 @@ def test_registers_are_there_for_all_roles(kernel: str, head_dim: int):
 def test_preparations(kernel, is_packed: bool):
     constants = {
         "TILE": 128, "BLOCK": 64, "TERMS_BLOCK": 64, "OF_KEYS": True, "HAS_RIGHT": True, "IS_PACKED": is_packed,
-        "HEAD_DIM": 128, "HAS_DLSE": True, "HAS_DELTA": True,
+        "HEAD_DIM": 128, "HAS_DLSE": True, "HAS_DELTA": True, "HAS_KEY_MASK": not is_packed,
     }  # fmt: skip
-    types = {"tiles_ptr": "*i32", "out_ptr": "*bf16", "dout_ptr": "*bf16"}
+    types = {"tiles_ptr": "*i32", "key_mask_ptr": "*i1", "out_ptr": "*bf16", "dout_ptr": "*bf16"}
     signature = {
         name: "constexpr" if name in constants
         else types.get(name, "*i32" if name.startswith("b_") else "*fp32" if name.endswith("_ptr") else "i32")

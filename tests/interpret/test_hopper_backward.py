@@ -76,6 +76,7 @@ def test_there_are_enough_cases():
     assert {case.dout for case in CASES} == {"dense", "expanded", "transposed"}
     assert sum(case.has_sinks for case in CASES) >= 10
     assert sum(case.has_dlse for case in CASES) >= 30
+    assert {case.key_mask for case in CASES} == {None, "random", "hole", "all"}
     assert any(window_right > 0 for _, window_right in (case.window_size for case in CASES))
 
 
@@ -227,7 +228,8 @@ def test_faults_are_found(old: str, new: str, monkeypatch, tmp_path, launches):
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("case", CASES[:24], ids=str)
 def test_tile_list(case: Case, of_keys: bool):
-    """Every tile once; its blocks hold all that it sees; those called whole need no mask; no row of it is blind."""
+    """Every tile once; its blocks hold all that it sees; those called whole need no mask; no row of it is blind. None
+    has blocks where keys have holes."""
     inputs = case.build()
     start_k, len_k = inputs.b_start_loc_k, inputs.b_seq_len_k
     start_k = inputs.b_start_loc if start_k is None else start_k
@@ -238,11 +240,15 @@ def test_tile_list(case: Case, of_keys: bool):
         return
     records, _ = hopper_backward.tile_list(
         inputs.q, inputs.q, inputs.k, inputs.v, (inputs.b_start_loc, inputs.b_seq_len, start_k, len_k),
-        right, terms_block, size, block, of_keys,
+        inputs.key_mask, right, terms_block, size, block, of_keys,
     )  # fmt: skip
     found = []
     own = inputs.k if of_keys else inputs.q
     lens_k = case.lens_k or case.lens_q
+    are_holey = [
+        inputs.key_mask is not None and not inputs.key_mask[seq, start : start + n].all()
+        for seq, (start, n) in enumerate(zip(start_k.tolist(), lens_k, strict=True))
+    ]
     for record in records[: int(records[-1, 0])].tolist():
         tile = dict(zip(backward_tiles.FIELDS, record, strict=False))
         counts = tile["num_left"], tile["num_full"], tile["num_right"]
@@ -251,6 +257,9 @@ def test_tile_list(case: Case, of_keys: bool):
             assert sum(counts) == 0
             continue
         found.append((tile["row"] - tile["first"], tile["first"]))
+        if case.is_padded and are_holey[tile["row"] // own.shape[-3]]:
+            assert sum(counts) == 0
+            continue
         position = torch.arange(rows)[:, None] + keys - rows
         sees = torch.arange(keys) <= position + right if right >= 0 else torch.ones(rows, keys, dtype=torch.bool)
         assert keys == 0 or sees.any(1).all()

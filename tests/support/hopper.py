@@ -92,7 +92,6 @@ def draw_many_backward(profile: Profile, count: int) -> list[Case]:
     return [
         dataclasses.replace(
             case,
-            key_mask=None,
             has_sinks=n % 4 == 1 and case.dtype == torch.float16,
             window_size=(-1, n * 7 % 90 if n % 3 == 0 and not case.is_causal else -1),
         )

@@ -147,7 +147,7 @@ def test_device_and_version(monkeypatch):
 
 def backward_refusal(q: torch.Tensor, **changes) -> str | None:
     length = torch.empty(3, dtype=torch.int32, device="meta")
-    call = {"softmax_scale": 0.1, "window_left": -1, "softcap": 0.0, "key_mask": None, "threshold": None} | changes
+    call = {"softmax_scale": 0.1, "window_left": -1, "softcap": 0.0, "threshold": None} | changes
     return hopper_backward.unsupported(q, q, q, length, **call)
 
 
@@ -159,7 +159,6 @@ def test_what_the_backward_kernels_take():
     for name, value, reason in (
         ("window_left", 3, "window_left"),
         ("softcap", 2.0, "softcap"),
-        ("key_mask", q[..., 0, 0] != 0, "key_mask"),
         ("threshold", q, "skip_softmax_threshold"),
         ("softmax_scale", -1.0, "softmax_scale"),
     ):
