@@ -7,7 +7,7 @@ own.
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,13 +142,13 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
     bytes.
     """
-    return _ragged(t, block_rows)(t)
+    return _ragged(t, t.stride(), block_rows)(t)
 
 
-def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
-    """`ragged_descriptor` of tensors of t's shape and strides."""
+def _ragged(t: Tensor, strides: Sequence[int], block_rows: int) -> Callable[[Tensor], Any]:
+    """`ragged_descriptor` of tensors of t's shape and dtype, and of these strides."""
     *_, heads, dim = t.shape
-    *_, stride_t, stride_h, _ = t.stride()
+    *_, stride_t, stride_h, _ = strides
     block = (1, 1, 1, block_rows, dim)
     return functools.partial(
         descriptor_class(),
@@ -200,7 +200,7 @@ def launch(
     with torch.cuda.device_of(q):
         listing, forward, descriptors, counts, window = _plan(q, k, v, b_seq_len, key_mask, window_left, window_right)
         tiles = list_tiles(listing, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask)
-        described = map(operator.call, descriptors, (q, k, v))
+        described = map(operator.call, descriptors, (q, k, v, out))
         forward(*described, out, lse, tiles, *counts, softmax_scale, *window)
     return out, lse
 
@@ -209,7 +209,7 @@ def launch(
 def _plan(
     q: Tensor, k: Tensor, v: Tensor, b_seq_len: Tensor, key_mask: Tensor | None, window_left: int, window_right: int
 ) -> tuple["TileList", Launch, tuple[Callable, ...], tuple[int, ...], tuple[int, int]]:
-    """What shapes tell of both launches: beside them, what makes descriptors, the counts, the window."""
+    """What shapes tell of both launches: beside them, what makes descriptors (of out, too), the counts, the window."""
     from fa_ops.kernels.configs import HOPPER_TILES
     from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
 
@@ -228,7 +228,10 @@ def _plan(
     programs = min(multi_processors(q.device), listing.bound * heads)
     return (
         listing, Launch(hopper_forward_kernel, (programs,), constants),
-        (_ragged(q, ROWS.value), _ragged(k, tile.block_n), _ragged(v, tile.block_n)),
+        (
+            _ragged(q, q.stride(), ROWS.value), _ragged(k, k.stride(), tile.block_n),
+            _ragged(v, v.stride(), tile.block_n), _ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
+        ),
         (listing.bound, rows_q, heads, heads // k.shape[-2]), (window_left, window_right),
     )  # fmt: skip
 

@@ -209,7 +209,7 @@ def _consume(
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
     tiles_ptr, num_tiles, heads, next_ptr, next_smem = work
     softmax_scale, window_left, window_right = numbers
-    out_ptr, lse_ptr, rows_q = outputs
+    out_ptr, lse_ptr, rows_q, out_desc, out_smem = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -290,16 +290,30 @@ def _consume(
         row = gl.cast(gl.load(record_ptr + 8) + CONSUMER * ROWS, gl.int64)
         lse_ptrs = lse_ptr + batch_row * (heads - 1) + gl.cast(head, gl.int64) * rows_q + row
         gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
-        offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-        offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-        out_ptrs = out_ptr + (row * heads + head) * HEAD_DIM
-        out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+        if HEAD_DIM <= 128:
+            # the copy engine leaves out rows past the sequence's end, and reads while the next tile begins
+            tma.store_wait(0)
+            tile = out_smem.index(CONSUMER)
+            _rows(tile).store(out.to(out_desc.dtype))
+            fence_async_shared()
+            m0 = gl.load(record_ptr)
+            end = gl.load(record_ptr + 8) - m0 + len_q
+            row = RAGGED_ROWS - len_q + m0 + CONSUMER * ROWS
+            tma.async_copy_shared_to_global(out_desc, [RAGGED_ROWS, end, head, row, 0], tile)
+        else:
+            # there is no room for it in shared memory
+            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+            out_ptrs = out_ptr + (row * heads + head) * HEAD_DIM
+            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+    if HEAD_DIM <= 128:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=("tile_bound", "rows_q", "heads", "group_size", "window_left", "window_right"))
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, tile_bound, rows_q, heads, group_size,
+    q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles_ptr, tile_bound, rows_q, heads, group_size,
     softmax_scale, window_left, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -321,6 +335,10 @@ def hopper_forward_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     next_smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    OUT_TILES: gl.constexpr = CONSUMERS if HEAD_DIM <= 128 else 0
+    out_smem = q_smem
+    if OUT_TILES > 0:
+        out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], out_desc.layout)
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(turn.index(c), count=1)
         mbarrier.init(q_full.index(c), count=1)
@@ -336,7 +354,7 @@ def hopper_forward_kernel(
     work = (tiles_ptr, num_tiles, heads, tiles_ptr + tile_bound * RECORD + 1, next_smem)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_left, window_right)
-    outputs = (out_ptr, lse_ptr, rows_q)
+    outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

@@ -43,6 +43,7 @@ def compile_forward(
         "q_desc": hopper.ragged_descriptor(tensor, ROWS.value),
         "k_desc": hopper.ragged_descriptor(tensor, tile.block_n),
         "v_desc": hopper.ragged_descriptor(tensor, tile.block_n),
+        "out_desc": hopper.ragged_descriptor(tensor, ROWS.value),
         "out_ptr": tensor, "lse_ptr": tensor.float(), "tiles_ptr": tensor.int(), "last_tile_ptr": tensor.int(),
         "threshold_ptr": tensor.float(), "block_bits_ptr": tensor.int(), "counts_ptr": tensor.long(),
         "softmax_scale": 1.5,

@@ -185,7 +185,11 @@ FAULTS = {
         "        tiles += 1\n        mbarrier.arrive(q_empty.index(CONSUMER))\n        if num_blocks",
     ),
     "a_row_behind_the_end_is_read": ("end, head, RAGGED_ROWS - length", "end + 1, head, RAGGED_ROWS - 1 - length"),
-    "a_row_behind_the_end_is_written": ("m0 + offs_row < len_q", "m0 + offs_row < len_q + 1"),
+    "a_row_behind_the_end_is_written": (
+        "+ len_q\n            row = RAGGED_ROWS - len_q", "+ len_q + 1\n            row = RAGGED_ROWS - 1 - len_q"
+    ),
+    "out_is_overwritten_while_it_is_copied": ("            tma.store_wait(0)\n", ""),
+    "out_is_not_waited_for": ("    if HEAD_DIM <= 128:\n        tma.store_wait(0)\n", ""),
     "the_sum_is_not_rescaled": ("acc = acc * _column(alpha, out_layout)", "acc = acc * 1.0"),
     "the_next_tile_is_told_too_late": (
         "        next_smem.store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))\n", ""

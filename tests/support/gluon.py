@@ -11,6 +11,7 @@ import random
 import threading
 import time
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,21 +87,31 @@ class _Descriptor:
             raise EmulationError(f"strides {descriptor.strides} are no multiples of 16 bytes")
 
     def read(self, coordinates: list[int]) -> Tensor:
+        block = torch.zeros(self.block_type.shape, dtype=self.dtype)
+        for index, own in self._rows(coordinates):
+            block[index] = self.memory[own]
+        return block
+
+    def write(self, coordinates: list[int], block: Tensor) -> None:
+        for index, own in self._rows(coordinates):
+            self.memory[own] = block[index]
+
+    def _rows(self, coordinates: list[int]) -> Iterator[tuple[tuple, slice]]:
+        """Of each row in bounds, where it is in a block at these coordinates, and in memory."""
+        coordinates = [*map(int, coordinates)]
         *outer, rows, width = self.block_type.shape
         bounds, strides = self.given.shape, self.given.strides
         first, end = coordinates[-1], min(coordinates[-1] + width, bounds[-1])
         if any(n != 1 for n in outer) or first < 0:
             raise EmulationError(f"a block {self.block_type.shape} at {coordinates}")
-        block = torch.zeros(self.block_type.shape, dtype=self.dtype)
         modulus = 2**64 // self.memory.element_size()
         for row in range(rows):
             at = [*coordinates[:-2], coordinates[-2] + row, first]
             if all(0 <= c < bound for c, bound in zip(at, bounds, strict=True)):
                 address = sum(c * stride for c, stride in zip(at, strides, strict=True)) % modulus
                 if address + end - first > len(self.memory):
-                    raise EmulationError(f"element {address} of {len(self.memory)} is read, for coordinates {at}")
-                block[(0,) * len(outer) + (row, slice(end - first))] = self.memory[address : address + end - first]
-        return block
+                    raise EmulationError(f"element {address} of {len(self.memory)} is copied, for coordinates {at}")
+                yield (0,) * len(outer) + (row, slice(end - first)), slice(address, address + end - first)
 
 
 @dataclass
@@ -198,7 +209,10 @@ class _Program:
                 MBarrierLayout=lambda: "barrier", init=self._init, wait=self._wait, arrive=self._arrive,
                 expect=self._expect,
             ),
-            "tma": types.SimpleNamespace(async_copy_global_to_shared=self._copy),
+            "tma": types.SimpleNamespace(
+                async_copy_global_to_shared=self._copy, async_copy_shared_to_global=self._copy_out,
+                store_wait=self._wait_for_stores,
+            ),
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._wait_for_products,
             "fence_async_shared": lambda: None,
@@ -268,6 +282,8 @@ class _Program:
             function(*args)
             if self._products():
                 raise EmulationError("products of matrices were never waited for")
+            if self._stores():
+                raise EmulationError("copies out of shared memory were never waited for")
         except BaseException as failure:
             self._fail(failure)
 
@@ -319,6 +335,23 @@ class _Program:
 
         self.copies.append(threading.Thread(target=copy, daemon=True))
         self.copies[-1].start()
+
+    def _copy_out(self, descriptor: _Descriptor, coordinates: list[int], source: _Shared) -> None:
+        self._stores().append((descriptor, coordinates, source.values, source.values.clone()))
+
+    def _stores(self) -> list[tuple]:
+        """The role's copies out of shared memory that it has not waited for."""
+        if not hasattr(self.role, "stores"):
+            self.role.stores = []
+        return self.role.stores
+
+    def _wait_for_stores(self, pendings: int) -> None:
+        """Now they are made: as late as can be."""
+        while len(self._stores()) > pendings:
+            descriptor, coordinates, source, given = self._stores().pop(0)
+            if not torch.equal(source.nan_to_num(nan=12345.0), given.nan_to_num(nan=12345.0)):
+                raise EmulationError("shared memory changed while it was copied out")
+            descriptor.write(coordinates, given)
 
     def _add(self, pointer: _Pointer, value: int, sem: str) -> int:
         with self.changed:
