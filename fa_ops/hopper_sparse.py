@@ -62,7 +62,8 @@ def launch(
         tiles = hopper.list_tiles(listing, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask)
         args = (
             hopper.ragged_descriptor(q, ROWS.value), hopper.ragged_descriptor(k, tile.block_n),
-            hopper.ragged_descriptor(v, tile.block_n), out, lse, tiles, tiles[-1], threshold, block_bits, counts,
+            hopper.ragged_descriptor(v, tile.block_n), hopper.ragged_descriptor(out, ROWS.value),
+            out, lse, tiles, tiles[-1], threshold, block_bits, counts,
             rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
             *leading_strides(threshold), *leading_strides(block_bits),
         )  # fmt: skip

@@ -164,6 +164,25 @@ def _attend(
 
 
 @gluon.jit
+def _allocate_out(none, desc, CONSUMERS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """A tile for each consumer, which `_copy_out` copies from; `none` for head dimensions that have no room for it."""
+    smem = none
+    if HEAD_DIM <= 128:
+        smem = gl.allocate_shared_memory(desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], desc.layout)
+    return smem
+
+
+@gluon.jit
+def _copy_out(desc, end, length, row, head, out, smem):
+    """Asks for a tile to be written from `row` on, but for rows past the sequence's end; it is read from shared memory
+    while the next tile begins."""
+    tma.store_wait(0)
+    _rows(smem).store(out.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [RAGGED_ROWS, end, head, RAGGED_ROWS - length + row, 0], smem)
+
+
+@gluon.jit
 def _next_tile(next_smem, q_empty):
     """Which tile comes next, and a word to the producer that the consumer is done with Q and with this."""
     t = gl.sum(next_smem.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
@@ -291,15 +310,9 @@ def _consume(
         lse_ptrs = lse_ptr + batch_row * (heads - 1) + gl.cast(head, gl.int64) * rows_q + row
         gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
         if HEAD_DIM <= 128:
-            # the copy engine leaves out rows past the sequence's end, and reads while the next tile begins
-            tma.store_wait(0)
-            tile = out_smem.index(CONSUMER)
-            _rows(tile).store(out.to(out_desc.dtype))
-            fence_async_shared()
             m0 = gl.load(record_ptr)
             end = gl.load(record_ptr + 8) - m0 + len_q
-            row = RAGGED_ROWS - len_q + m0 + CONSUMER * ROWS
-            tma.async_copy_shared_to_global(out_desc, [RAGGED_ROWS, end, head, row, 0], tile)
+            _copy_out(out_desc, end, len_q, m0 + CONSUMER * ROWS, head, out, out_smem.index(CONSUMER))
         else:
             # there is no room for it in shared memory
             offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
@@ -335,10 +348,7 @@ def hopper_forward_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     next_smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    OUT_TILES: gl.constexpr = CONSUMERS if HEAD_DIM <= 128 else 0
-    out_smem = q_smem
-    if OUT_TILES > 0:
-        out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], out_desc.layout)
+    out_smem = _allocate_out(q_smem, out_desc, CONSUMERS, HEAD_DIM)
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(turn.index(c), count=1)
         mbarrier.init(q_full.index(c), count=1)

@@ -36,6 +36,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -50,7 +51,9 @@ ROWS = gl.constexpr(hopper.ROWS.value)
 CONSUMERS = gl.constexpr(2)
 
 _column = hopper._column
+_allocate_out = hopper._allocate_out
 _copy = hopper._copy
+_copy_out = hopper._copy_out
 _operand = hopper._operand
 _pack = hopper._pack
 _rows = hopper._rows
@@ -251,7 +254,7 @@ def _consume(
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
     softmax_scale, window_right = numbers
-    out_ptr, lse_ptr, rows_q = outputs
+    out_ptr, lse_ptr, rows_q, out_desc, out_smem = outputs
     threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs = skipping
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -309,32 +312,38 @@ def _consume(
                 m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
             )  # fmt: skip
             _vote(votes_smem, slot_k, keeps, CONSUMER)
-            # between the votes and their count, so that neither is waited for
+            s, l_new, m_new, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+            packed = _pack(s, v_smem.dtype)
             acc, p = warpgroup_mma_wait(0, deps=[product, p])
             mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))
             is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
             word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
-            while (is_kept == 0) & (block > 1):
-                block -= 1
-                slot_k = (blocks + 1) % K_STAGES
-                mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
-                s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
-                s, keeps, m_before = _decide(
-                    s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
-                    m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
-                )  # fmt: skip
-                _vote(votes_smem, slot_k, keeps, CONSUMER)
-                is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
-                # as late as can be: V of the block before, if anybody's, needs the others' decisions
-                slot_v = blocks % V_STAGES
-                mbarrier.wait(v_full.index(slot_v), (blocks // V_STAGES) & 1)
-                mbarrier.arrive(v_empty.index(slot_v))
-                blocks += 1
-                word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
             if is_kept:
-                s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
                 acc = acc * _column(alpha, out_layout)
-                packed = _pack(s, v_smem.dtype)
+                l_i = l_new
+                m_i = m_new
+            else:
+                while (is_kept == 0) & (block > 1):
+                    block -= 1
+                    slot_k = (blocks + 1) % K_STAGES
+                    mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // K_STAGES) & 1)
+                    s = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False)
+                    s, keeps, m_before = _decide(
+                        s, offs_m, block, num_full, len_q, len_k, window_right, softmax_scale, log_threshold,
+                        m_before, m_first, s_layout, BLOCK_N, HAS_RIGHT,
+                    )  # fmt: skip
+                    _vote(votes_smem, slot_k, keeps, CONSUMER)
+                    is_kept = _release_key(k_empty, votes_smem, slot_k, CONSUMER)
+                    # as late as can be: V of the block before, if anybody's, needs the others' decisions
+                    slot_v = blocks % V_STAGES
+                    mbarrier.wait(v_full.index(slot_v), (blocks // V_STAGES) & 1)
+                    mbarrier.arrive(v_empty.index(slot_v))
+                    blocks += 1
+                    word, num_kept = _write_down(bits_row_ptr, word, num_kept, block, is_kept)
+                if is_kept:
+                    s, l_i, m_i, alpha = _softmax(s, m_before, l_i, m_i, scale_log2)
+                    acc = acc * _column(alpha, out_layout)
+                    packed = _pack(s, v_smem.dtype)
             mbarrier.wait(v_full.index(blocks % V_STAGES), (blocks // V_STAGES) & 1)
         mbarrier.arrive(q_empty.index(CONSUMER))
         slot = blocks % V_STAGES
@@ -365,12 +374,19 @@ def _consume(
         lse_ptrs = lse_ptr + (batch_row * heads + head * rows_q + (row - batch_row))
         offs_m = m0 + gl.arange(0, ROWS, row_layout)
         gl.store(lse_ptrs + gl.arange(0, ROWS, row_layout), lse, mask=offs_m < len_q)
-        offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-        offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-        out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
-        out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-        gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+        if HEAD_DIM <= 128:
+            end = row - m0 + len_q
+            _copy_out(out_desc, end, len_q, m0, head, out, out_smem.index(CONSUMER))
+        else:
+            # there is no room for it in shared memory
+            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+            out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
+            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
         t = _take(tile_smem, tile_full, tiles)
+    if HEAD_DIM <= 128:
+        tma.store_wait(0)
 
 
 @gluon.jit(
@@ -380,8 +396,8 @@ def _consume(
     )
 )  # fmt: skip
 def hopper_sparse_forward_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, last_tile_ptr, threshold_ptr, block_bits_ptr, counts_ptr,
-    rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
+    q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles_ptr, last_tile_ptr,
+    threshold_ptr, block_bits_ptr, counts_ptr, rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
     stride_tb, stride_th, stride_bh, stride_bt,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -413,13 +429,14 @@ def hopper_sparse_forward_kernel(
     votes: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     votes_smem = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 16, 4], votes)
     tile_slots = _allocate_tile_slots()
+    out_smem = _allocate_out(q_smem, out_desc, CONSUMERS, HEAD_DIM)
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
     inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_right)
-    outputs = (out_ptr, lse_ptr, rows_q)
+    outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     skipping = (threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs)
     gl.warp_specialize(
         [
