@@ -63,15 +63,26 @@ def _copy(desc, end, length, row, head, full, smem):
 
 
 @gluon.jit
+def _locate(index, num_tiles, heads, group_size):
+    """The tile and head that are taken at this place, as a number: tile * heads + head. The tiles of one key head come
+    one after another, so that its keys stay in the L2 cache, and of each tile the query heads of the group."""
+    members = gl.maximum(num_tiles * group_size, 1)
+    member = index % members
+    head = index // members * group_size + member % group_size
+    return gl.where(index < num_tiles * heads, member // group_size * heads + head, index)
+
+
+@gluon.jit
 def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
-    tiles_ptr, num_tiles, heads, next_ptr, next_smem = work
-    q_desc, k_desc, v_desc, group_size = inputs
+    tiles_ptr, num_tiles, heads, group_size, next_ptr, next_smem = work
+    q_desc, k_desc, v_desc = inputs
     tiles = 0
     blocks = 0
-    t = gl.program_id(0)
+    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
     while t < num_tiles * heads:
-        t_next = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        t_next = _locate(index, num_tiles, heads, group_size)
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         head_kv = head // group_size
@@ -226,7 +237,7 @@ def _consume(
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
-    tiles_ptr, num_tiles, heads, next_ptr, next_smem = work
+    tiles_ptr, num_tiles, heads, group_size, next_ptr, next_smem = work
     softmax_scale, window_left, window_right = numbers
     out_ptr, lse_ptr, rows_q, out_desc, out_smem = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -238,7 +249,7 @@ def _consume(
     tiles = 0
     blocks = 0
     turns = 0
-    t = gl.program_id(0)
+    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -361,8 +372,8 @@ def hopper_forward_kernel(
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    work = (tiles_ptr, num_tiles, heads, tiles_ptr + tile_bound * RECORD + 1, next_smem)
-    inputs = (q_desc, k_desc, v_desc, group_size)
+    work = (tiles_ptr, num_tiles, heads, group_size, tiles_ptr + tile_bound * RECORD + 1, next_smem)
+    inputs = (q_desc, k_desc, v_desc)
     numbers = (softmax_scale, window_left, window_right)
     outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     if CONSUMERS == 2:

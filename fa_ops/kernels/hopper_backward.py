@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa_ops.kernels import backward_tiles
-from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _operand, _pack, _rows, is_visible
+from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _locate, _operand, _pack, _rows, is_visible
 from fa_ops.kernels.hopper_sparse import _allocate_tile_slots, _give, _take
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
@@ -78,7 +78,7 @@ def _produce_keys(
     q_desc, dout_desc, k_desc, v_desc = descs
     tiles = 0
     blocks = 0
-    t = gl.program_id(0)
+    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -106,7 +106,8 @@ def _produce_keys(
                 n0 += BLOCK_N
                 blocks += 1
         # the warp groups still have blocks to go when this is asked for
-        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        t = _locate(index, num_tiles, heads, group_size)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -325,7 +326,7 @@ def _produce_queries(
     q_desc, dout_desc, k_desc, v_desc, terms_desc = descs
     tiles = 0
     blocks = 0
-    t = gl.program_id(0)
+    t = _locate(gl.program_id(0), num_tiles, heads, 1)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head_kv = t % heads
@@ -357,7 +358,8 @@ def _produce_queries(
                     m0 += BLOCK_M
                     blocks += 1
         # the warp groups still have blocks to go when this is asked for
-        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        t = _locate(index, num_tiles, heads, 1)
     _give(t, tile_smem, tile_full, tiles)
 
 

@@ -54,6 +54,7 @@ _column = hopper._column
 _allocate_out = hopper._allocate_out
 _copy = hopper._copy
 _copy_out = hopper._copy_out
+_locate = hopper._locate
 _operand = hopper._operand
 _pack = hopper._pack
 _rows = hopper._rows
@@ -147,7 +148,7 @@ def _produce(
     tiles = 0
     blocks = 0
     is_likely = gl.program_id(0) >= 0
-    t = gl.program_id(0)
+    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -191,7 +192,8 @@ def _produce(
                         mbarrier.arrive(v_full.index(slot))
             blocks += num_blocks
         # the warp groups still have blocks to go when this is asked for
-        t = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        t = _locate(index, num_tiles, heads, group_size)
     _give(t, tile_smem, tile_full, tiles)
 
 

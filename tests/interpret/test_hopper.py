@@ -184,11 +184,13 @@ FAULTS = {
         "        tiles += 1\n        if num_blocks",
         "        tiles += 1\n        mbarrier.arrive(q_empty.index(CONSUMER))\n        if num_blocks",
     ),
-    "a_row_behind_the_end_is_read": ("end, head, RAGGED_ROWS - length", "end + 1, head, RAGGED_ROWS - 1 - length"),
-    "a_row_behind_the_end_is_written": (
-        "+ len_q\n            row = RAGGED_ROWS - len_q", "+ len_q + 1\n            row = RAGGED_ROWS - 1 - len_q"
+    "a_row_behind_the_end_is_read": (
+        "end, head, RAGGED_ROWS - length + row, 0], full", "end + 1, head, RAGGED_ROWS - 1 - length + row, 0], full"
     ),
-    "out_is_overwritten_while_it_is_copied": ("            tma.store_wait(0)\n", ""),
+    "a_row_behind_the_end_is_written": (
+        "end, head, RAGGED_ROWS - length + row, 0], smem)", "end + 1, head, RAGGED_ROWS - 1 - length + row, 0], smem)"
+    ),
+    "out_is_overwritten_while_it_is_copied": ("    tma.store_wait(0)\n    _rows", "    _rows"),
     "out_is_not_waited_for": ("    if HEAD_DIM <= 128:\n        tma.store_wait(0)\n", ""),
     "the_sum_is_not_rescaled": ("acc = acc * _column(alpha, out_layout)", "acc = acc * 1.0"),
     "the_next_tile_is_told_too_late": (

@@ -187,7 +187,11 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
 RELEASE = "mbarrier.arrive(v_empty.index((blocks - 1) % V_STAGES))\n"
 WAIT = "acc, p = warpgroup_mma_wait(0, deps=[product, p])\n"
 FAULTS = {
-    "a_dropped_block_keeps_its_v": ("                mbarrier.arrive(v_empty.index(slot_v))\n", ""),
+    "a_dropped_block_keeps_its_v": ("                    mbarrier.arrive(v_empty.index(slot_v))\n", ""),
+    "a_dropped_block_counts": (
+        "            if is_kept:\n                acc",
+        "            if True:\n                acc",
+    ),
     "v_is_released_before_its_use": (
         f"            {WAIT}            {RELEASE}",
         f"            {RELEASE}            {WAIT}",
@@ -214,6 +218,7 @@ FAULTS = {
     "a_segment_too_late": ("segment = (n0 + BLOCK_N) //", "segment = n0 //"),
     "rows_behind_the_end_vote": ("s_max, offs_m, n0, len_q", "s_max, offs_m - ROWS, n0, len_q"),
     "a_block_too_many_is_counted": ("(end + BLOCK_N - 1) // BLOCK_N", "(end + BLOCK_N) // BLOCK_N"),
+    "out_is_not_waited_for": ("    if HEAD_DIM <= 128:\n        tma.store_wait(0)\n", ""),
     "a_word_is_not_emptied": ("        word = 0\n    return", "    return"),
 }
 
