@@ -198,7 +198,8 @@ def attention_decode_kernel(
 
     is_empty = l_i == 0.0
     l_i = tl.where(is_empty, 1.0, l_i)
-    lse = tl.where(is_empty, float("-inf"), m_i * scale + tl.log(l_i))
+    # fused by name: left to ptxas, the bits would depend on what else the kernel was compiled for
+    lse = tl.where(is_empty, float("-inf"), tl.fma(m_i, scale, tl.log(l_i)))
     part = (split.to(tl.int64) * num_seqs + batch) * tl.num_programs(1) * GROUP_SIZE + head
     tl.store(part_lse_ptr + part, lse, mask=is_head)
     part_ptrs = part_out_ptr + part[:, None] * HEAD_DIM_V + offs_dv[None, :]

@@ -50,6 +50,7 @@ LOG2E = gl.constexpr(primitives.LOG2E.value)
 RECORD = gl.constexpr(tiles.RECORD.value)
 ROWS = gl.constexpr(64)  # of a consumer: what one warp group multiplies at a time
 RAGGED_ROWS = gl.constexpr(2**30)
+SMALLEST_PART = gl.constexpr(8)  # tiles that are taken for all heads before others; a power of two
 
 # the one masking rule, with Gluon's layouts
 is_visible = gluon.jit(primitives.is_visible.fn)
@@ -64,22 +65,33 @@ def _copy(desc, end, length, row, head, full, smem):
 
 @gluon.jit
 def _locate(index, num_tiles, heads, group_size):
-    """The tile and head that are taken at this place, as a number: tile * heads + head. The tiles of one key head come
-    one after another, so that its keys stay in the L2 cache, and of each tile the query heads of the group."""
-    members = gl.maximum(num_tiles * group_size, 1)
-    member = index % members
-    head = index // members * group_size + member % group_size
-    return gl.where(index < num_tiles * heads, member // group_size * heads + head, index)
+    """The tile and head that are taken at this place, as a number: tile * heads + head.
+
+    Tiles are taken in parts, each for all heads: those that 2^k to 2^(k + 1) - 1 tiles of the list follow. So the last
+    and shortest tiles of a sequence fill up the end. In each part the tiles of one key head come one after another, so
+    that its keys stay in the L2 cache, and of each tile the query heads of the group.
+    """
+    total = num_tiles * heads
+    behind = (total - 1 - index) // heads
+    most = behind | (SMALLEST_PART - 1)
+    for k in gl.static_range(5):
+        most |= most >> (1 << k)
+    least = gl.where(most < SMALLEST_PART, 0, most // 2 + 1)
+    first = gl.maximum(num_tiles - 1 - most, 0)
+    members = gl.maximum(num_tiles - least - first, 1) * group_size
+    member = index - first * heads
+    head = member // members * group_size + member % group_size
+    return gl.where(index < total, (first + member % members // group_size) * heads + head, index)
 
 
 @gluon.jit
 def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
-    tiles_ptr, num_tiles, heads, group_size, next_ptr, next_smem = work
-    q_desc, k_desc, v_desc = inputs
+    tiles_ptr, num_tiles, heads, first, next_ptr, next_smem = work
+    q_desc, k_desc, v_desc, group_size = inputs
     tiles = 0
     blocks = 0
-    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    t = first
     while t < num_tiles * heads:
         index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
         t_next = _locate(index, num_tiles, heads, group_size)
@@ -237,7 +249,7 @@ def _consume(
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
-    tiles_ptr, num_tiles, heads, group_size, next_ptr, next_smem = work
+    tiles_ptr, num_tiles, heads, first, next_ptr, next_smem = work
     softmax_scale, window_left, window_right = numbers
     out_ptr, lse_ptr, rows_q, out_desc, out_smem = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -249,7 +261,7 @@ def _consume(
     tiles = 0
     blocks = 0
     turns = 0
-    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    t = first
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -372,8 +384,9 @@ def hopper_forward_kernel(
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    work = (tiles_ptr, num_tiles, heads, group_size, tiles_ptr + tile_bound * RECORD + 1, next_smem)
-    inputs = (q_desc, k_desc, v_desc)
+    first = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    work = (tiles_ptr, num_tiles, heads, first, tiles_ptr + tile_bound * RECORD + 1, next_smem)
+    inputs = (q_desc, k_desc, v_desc, group_size)
     numbers = (softmax_scale, window_left, window_right)
     outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     if CONSUMERS == 2:
