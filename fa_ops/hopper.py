@@ -24,6 +24,7 @@ SKIP_BLOCKS = {64: ((64, 128),), 128: ((64, 128),), 256: ((64, 64),)}  # of skip
 ALIGNMENT = 16  # bytes: of the copy engine's addresses and strides
 TILE_LIST_WARPS = 4
 MAX_ROWS = 2**30  # of a ragged descriptor
+CACHED_BYTES = 2**24  # of the L2 cache's 50 MiB, where several parts are at work and results pass through
 LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
 
 _library = torch.library.Library("modelopt", "FRAGMENT")
@@ -214,6 +215,7 @@ def _plan(
     from fa_ops.kernels.hopper import ROWS, hopper_forward_kernel
 
     rows_q, heads, head_dim = q.shape[-3:]
+    group_size = heads // k.shape[-2]
     tile = HOPPER_TILES[head_dim]
     if window_right < 0:
         window_right = rows_q  # hides nothing
@@ -232,8 +234,17 @@ def _plan(
             _ragged(q, q.stride(), ROWS.value), _ragged(k, k.stride(), tile.block_n),
             _ragged(v, v.stride(), tile.block_n), _ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
         ),
-        (listing.bound, rows_q, heads, heads // k.shape[-2]), (window_left, window_right),
+        (listing.bound, rows_q, heads, group_size, group_size * heads_at_once(k, b_seq_len, k.shape[-2])),
+        (window_left, window_right),
     )  # fmt: skip
+
+
+def heads_at_once(t: Tensor, b_seq_len: Tensor, heads: int) -> int:
+    """How many of `heads` key heads are taken together: those for which two tensors like t, with the rows of a sequence
+    of mean length, find room in the L2 cache."""
+    rows = t.shape[1] if t.dim() == 4 else max(t.shape[0] // b_seq_len.shape[0], 1)
+    size = 2 * rows * math.prod(t.shape[-2:]) * t.element_size() // heads
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n * size <= max(CACHED_BYTES, size))
 
 
 class TileList(NamedTuple):

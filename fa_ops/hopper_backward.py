@@ -100,6 +100,7 @@ def launch(
         dout = dout.clone(memory_format=torch.contiguous_format)
     q, k, v, dout = (hopper.for_copy_engine(t) for t in (q, k, v, dout))
     heads, heads_kv, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    group_size = heads // heads_kv
     dq_tile, dkv_tile = HOPPER_BACKWARD_TILES[head_dim]
     block = dkv_tile.block_n
     index = b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k
@@ -121,7 +122,8 @@ def launch(
         args = (
             *(hopper.ragged_descriptor(t, ROWS.value) for t in (q, dout)),
             *(hopper.ragged_descriptor(t, dq_tile.block_n) for t in (k, v)),
-            terms, terms.shape[1], dq, tiles, bound, heads, heads // heads_kv, softmax_scale, window_right,
+            terms, terms.shape[1], dq, tiles, bound, heads, group_size,
+            group_size * hopper.heads_at_once(k, b_seq_len_k, heads_kv), softmax_scale, window_right,
         )  # fmt: skip
         constants = _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n}
         launch_compiled(hopper_dq_kernel, (min(multi_processors(q.device), bound * heads),), args, constants)
@@ -129,8 +131,8 @@ def launch(
         args = (
             *(hopper.ragged_descriptor(t, block) for t in (q, dout)),
             *(hopper.ragged_descriptor(t, ROWS.value) for t in (k, v)),
-            terms_descriptor(terms, block), dk, dv, tiles, bound, heads_kv, heads // heads_kv,
-            softmax_scale, window_right,
+            terms_descriptor(terms, block), dk, dv, tiles, bound, heads_kv, group_size,
+            hopper.heads_at_once(q, b_seq_len, heads_kv), softmax_scale, window_right,
         )  # fmt: skip
         constants = _constants(dkv_tile, head_dim, window_right) | {"BLOCK_M": block}
         launch_compiled(hopper_dkv_kernel, (min(multi_processors(q.device), bound * heads_kv),), args, constants)

@@ -50,6 +50,7 @@ def launch(
     num_seqs, rows_q, rows_k, heads = b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
     if num_seqs * rows_q * rows_k * heads == 0:
         return out.zero_(), lse.fill_(float("-inf")), block_bits, counts
+    group_size = heads // k.shape[-2]
     q, k, v = (hopper.for_copy_engine(t) for t in (q, k, v))
     if sum((n - 1) * stride for n, stride in zip(threshold.shape, threshold.stride(), strict=True)) >= 2**31:
         threshold = threshold.contiguous()  # the kernel's indices have 32 bits
@@ -64,7 +65,8 @@ def launch(
             hopper.ragged_descriptor(q, ROWS.value), hopper.ragged_descriptor(k, tile.block_n),
             hopper.ragged_descriptor(v, tile.block_n), hopper.ragged_descriptor(out, ROWS.value),
             out, lse, tiles, tiles[-1], threshold, block_bits, counts,
-            rows_q, heads, heads // k.shape[-2], num_seqs, softmax_scale, window_right,
+            rows_q, heads, group_size, group_size * hopper.heads_at_once(k, b_seq_len, k.shape[-2]), num_seqs,
+            softmax_scale, window_right,
             *leading_strides(threshold), *leading_strides(block_bits),
         )  # fmt: skip
         constants = {

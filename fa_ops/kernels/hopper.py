@@ -64,12 +64,12 @@ def _copy(desc, end, length, row, head, full, smem):
 
 
 @gluon.jit
-def _locate(index, num_tiles, heads, group_size):
+def _locate(index, num_tiles, heads, heads_at_once):
     """The tile and head that are taken at this place, as a number: tile * heads + head.
 
     Tiles are taken in parts, each for all heads: those that 2^k to 2^(k + 1) - 1 tiles of the list follow. So the last
-    and shortest tiles of a sequence fill up the end. In each part the tiles of one key head come one after another, so
-    that its keys stay in the L2 cache, and of each tile the query heads of the group.
+    and shortest tiles of a sequence fill up the end. In each part some heads are taken after others: as many at once as
+    leave what they read in the L2 cache; of each tile these come one after another.
     """
     total = num_tiles * heads
     behind = (total - 1 - index) // heads
@@ -78,23 +78,23 @@ def _locate(index, num_tiles, heads, group_size):
         most |= most >> (1 << k)
     least = gl.where(most < SMALLEST_PART, 0, most // 2 + 1)
     first = gl.maximum(num_tiles - 1 - most, 0)
-    members = gl.maximum(num_tiles - least - first, 1) * group_size
+    members = gl.maximum(num_tiles - least - first, 1) * heads_at_once
     member = index - first * heads
-    head = member // members * group_size + member % group_size
-    return gl.where(index < total, (first + member % members // group_size) * heads + head, index)
+    head = member // members * heads_at_once + member % heads_at_once
+    return gl.where(index < total, (first + member % members // heads_at_once) * heads + head, index)
 
 
 @gluon.jit
 def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
     tiles_ptr, num_tiles, heads, first, next_ptr, next_smem = work
-    q_desc, k_desc, v_desc, group_size = inputs
+    q_desc, k_desc, v_desc, group_size, heads_at_once = inputs
     tiles = 0
     blocks = 0
     t = first
     while t < num_tiles * heads:
         index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t_next = _locate(index, num_tiles, heads, group_size)
+        t_next = _locate(index, num_tiles, heads, heads_at_once)
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         head_kv = head // group_size
@@ -347,10 +347,14 @@ def _consume(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=("tile_bound", "rows_q", "heads", "group_size", "window_left", "window_right"))
+@gluon.jit(
+    do_not_specialize=(
+        "tile_bound", "rows_q", "heads", "group_size", "heads_at_once", "window_left", "window_right",
+    )
+)  # fmt: skip
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles_ptr, tile_bound, rows_q, heads, group_size,
-    softmax_scale, window_left, window_right,
+    heads_at_once, softmax_scale, window_left, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_LEFT: gl.constexpr,
@@ -384,9 +388,9 @@ def hopper_forward_kernel(
     fence_async_shared()
 
     shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    first = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    first = _locate(gl.program_id(0), num_tiles, heads, heads_at_once)
     work = (tiles_ptr, num_tiles, heads, first, tiles_ptr + tile_bound * RECORD + 1, next_smem)
-    inputs = (q_desc, k_desc, v_desc, group_size)
+    inputs = (q_desc, k_desc, v_desc, group_size, heads_at_once)
     numbers = (softmax_scale, window_left, window_right)
     outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     if CONSUMERS == 2:

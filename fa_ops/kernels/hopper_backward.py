@@ -74,11 +74,11 @@ def _produce_keys(
     """Copies for dQ: Q and dO of a tile, and K and V of its blocks."""
     q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
-    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
+    tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     q_desc, dout_desc, k_desc, v_desc = descs
     tiles = 0
     blocks = 0
-    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    t = _locate(gl.program_id(0), num_tiles, heads, heads_at_once)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -107,7 +107,7 @@ def _produce_keys(
                 blocks += 1
         # the warp groups still have blocks to go when this is asked for
         index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, group_size)
+        t = _locate(index, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -160,7 +160,7 @@ def _consume_keys(
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
-    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
+    tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     softmax_scale, window_right = numbers
     terms_ptr, terms_rows = inputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -241,10 +241,10 @@ def _store_rows(ptr, tile, row, first, length, head, heads, layout: gl.constexpr
     gl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=gl.expand_dims(first + offs_row < length, 1))
 
 
-@gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "window_right", "terms_rows"))
+@gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "heads_at_once", "window_right", "terms_rows"))
 def hopper_dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, terms_rows, dq_ptr, tiles_ptr, tile_bound, heads, group_size,
-    softmax_scale, window_right,
+    heads_at_once, softmax_scale, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -273,7 +273,7 @@ def hopper_dq_kernel(
     fence_async_shared()
 
     shared = (q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty)
-    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size)
+    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size, heads_at_once)
     descs = (q_desc, dout_desc, k_desc, v_desc)
     numbers = (softmax_scale, window_right)
     inputs = (terms_ptr, terms_rows)
@@ -322,11 +322,11 @@ def _produce_queries(
     """Copies for dK and dV: K and V of a tile, and Q, dO, lse and delta of its blocks."""
     k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
-    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
+    tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     q_desc, dout_desc, k_desc, v_desc, terms_desc = descs
     tiles = 0
     blocks = 0
-    t = _locate(gl.program_id(0), num_tiles, heads, 1)
+    t = _locate(gl.program_id(0), num_tiles, heads, heads_at_once)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head_kv = t % heads
@@ -359,7 +359,7 @@ def _produce_queries(
                     blocks += 1
         # the warp groups still have blocks to go when this is asked for
         index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, 1)
+        t = _locate(index, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -408,7 +408,7 @@ def _consume_queries(
 ):  # fmt: skip
     k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
-    tiles_ptr, next_ptr, num_tiles, heads, group_size = work
+    tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     softmax_scale, window_right = numbers
     dk_ptr, dv_ptr = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -463,10 +463,10 @@ def _consume_queries(
         t = _take(tile_smem, tile_full, tiles)
 
 
-@gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "window_right"))
+@gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "heads_at_once", "window_right"))
 def hopper_dkv_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_desc, dk_ptr, dv_ptr, tiles_ptr, tile_bound, heads, group_size,
-    softmax_scale, window_right,
+    heads_at_once, softmax_scale, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -496,7 +496,7 @@ def hopper_dkv_kernel(
     fence_async_shared()
 
     shared = (k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty)
-    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size)
+    work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size, heads_at_once)
     descs = (q_desc, dout_desc, k_desc, v_desc, terms_desc)
     numbers = (softmax_scale, window_right)
     outputs = (dk_ptr, dv_ptr)

@@ -144,11 +144,11 @@ def _produce(
     q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads = work
-    q_desc, k_desc, v_desc, group_size = inputs
+    q_desc, k_desc, v_desc, group_size, heads_at_once = inputs
     tiles = 0
     blocks = 0
     is_likely = gl.program_id(0) >= 0
-    t = _locate(gl.program_id(0), num_tiles, heads, group_size)
+    t = _locate(gl.program_id(0), num_tiles, heads, heads_at_once)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
@@ -193,7 +193,7 @@ def _produce(
             blocks += num_blocks
         # the warp groups still have blocks to go when this is asked for
         index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, group_size)
+        t = _locate(index, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -393,13 +393,14 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=(
-        "rows_q", "heads", "group_size", "window_right", "num_seqs",
+        "rows_q", "heads", "group_size", "heads_at_once", "window_right", "num_seqs",
         "stride_tb", "stride_th", "stride_bh", "stride_bt",
     )
 )  # fmt: skip
 def hopper_sparse_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles_ptr, last_tile_ptr,
-    threshold_ptr, block_bits_ptr, counts_ptr, rows_q, heads, group_size, num_seqs, softmax_scale, window_right,
+    threshold_ptr, block_bits_ptr, counts_ptr, rows_q, heads, group_size, heads_at_once, num_seqs,
+    softmax_scale, window_right,
     stride_tb, stride_th, stride_bh, stride_bt,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -436,7 +437,7 @@ def hopper_sparse_forward_kernel(
 
     shared = (q_smem, k_smem, v_smem, votes_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     work = (tiles_ptr, last_tile_ptr + 1, num_tiles, heads)
-    inputs = (q_desc, k_desc, v_desc, group_size)
+    inputs = (q_desc, k_desc, v_desc, group_size, heads_at_once)
     numbers = (softmax_scale, window_right)
     outputs = (out_ptr, lse_ptr, rows_q, out_desc, out_smem)
     skipping = (threshold_ptr, stride_tb, stride_th, block_bits_ptr, stride_bh, stride_bt, counts_ptr, num_seqs)
