@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -133,8 +132,9 @@ assert not torch.cuda.is_initialized()
 
 
 def test_import_takes_at_most_300_ms_beyond_torch():
-    seconds = [float(run_fresh(SECONDS)) for _ in range(3)]
-    assert statistics.median(seconds) <= 0.3, seconds
+    """The least of five, since what runs beside them can only add to CPU time."""
+    seconds = [float(run_fresh(SECONDS)) for _ in range(5)]
+    assert min(seconds) <= 0.3, seconds
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(1)", "import triton"])
