@@ -1,14 +1,16 @@
 """The forward for sm_90 with skip-softmax: the roles and barriers of hopper.py, the definition of skip.py.
 
 A warp group owns a block of 64 query rows and decides for them alone. It visits the first key block, then from the last
-one downwards. Beside each other run the scores of a block and the product of the block kept before it. A block that is
+one downwards. Beside each other run the scores and the softmax of a block and the product of the block kept before it;
+whether it is kept is asked behind both, and if it is not, its softmax was for nothing. From then on a block that is
 dropped ends at its row maxima: the scores of the next one follow, alone, until one is kept:
 
     scores and softmax of the first block
     while there are more blocks:
-        scores of the next block, beside the product of the block that the last softmax was of; is it kept?
-        while it is not and there are more: scores of the next block; is it kept?
-        softmax of the block, if it is kept, while that product is still running
+        scores and softmax of the next block, beside the product of the block that the last softmax was of
+        if it is not kept:
+            while it is not and there are more: scores of the next block; is it kept?
+            softmax of the block, if it is kept
     product of the last block, if it is kept
 
 All warp groups of a tile go through the blocks of all its rows. One that none of a warp group's own rows sees has no
