@@ -52,8 +52,8 @@ RECORD = gl.constexpr(tiles.RECORD.value)
 ROWS = gl.constexpr(hopper.ROWS.value)
 CONSUMERS = gl.constexpr(2)
 
-_column = hopper._column
 _allocate_out = hopper._allocate_out
+_column = hopper._column
 _copy = hopper._copy
 _copy_out = hopper._copy_out
 _locate = hopper._locate

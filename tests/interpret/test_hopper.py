@@ -154,6 +154,18 @@ def test_repeats_and_any_number_of_programs(monkeypatch, launches):
         assert_same_bits(found, expected, f"with {programs} programs")
 
 
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_tiles_in_any_order(heads_at_once: int, monkeypatch, launches):
+    """In parts of the list, and some heads after others; the bits are the same."""
+    inputs = small_case(
+        lens_q=(600, 150, 400), dtype=torch.float16, head_dim=64, value_dim=64, heads_kv=2, group_size=2
+    ).build()
+    expected = evaluate_forward(fa_ops.attention, inputs)
+    monkeypatch.setattr(hopper, "heads_at_once", lambda *_: heads_at_once)
+    monkeypatch.setattr(kernels, "SMALLEST_PART", 2)
+    assert_same_bits(evaluate_forward(fa_ops.attention, inputs), expected, f"with {heads_at_once} key heads at once")
+
+
 @pytest.mark.parametrize("tile", [HopperTile(64, 1, 2, 240, 24), HopperTile(32, 3, 3, 160, 32)], ids=str)
 def test_other_tiles(tile: HopperTile, monkeypatch, launches):
     monkeypatch.setitem(HOPPER_TILES, 64, tile)

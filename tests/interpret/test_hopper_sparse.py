@@ -177,6 +177,7 @@ def test_values_that_nobody_wants_are_not_copied(stages: tuple[int, int], monkey
 def test_repeats_and_any_number_of_programs(monkeypatch, launches):
     inputs = sparse_case(lens_q=(600, 150), heads_kv=2).build()
     expected = evaluate_forward(fa_ops.attention, inputs)
+    monkeypatch.setattr(hopper, "heads_at_once", lambda *_: 1)
     for seed, programs in enumerate((1, 2, 7), 1):
         monkeypatch.setattr(hopper_sparse, "multi_processors", lambda device, n=programs: n)
         monkeypatch.setattr(kernels.hopper_sparse_forward_kernel, "seed", seed)

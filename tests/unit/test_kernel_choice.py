@@ -171,3 +171,20 @@ def test_when_the_backward_kernels_run(monkeypatch):
     for choice, reason in (("portable", "FA_OPS_KERNEL is 'portable'"), ("auto", "cuda:0 is not of sm_90")):
         monkeypatch.setattr(tier, "TIER", choice)
         assert hopper_backward.refusal(q) == reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_seqs", "expected"),
+    [
+        ((32768, 8, 128), 1, 1),
+        ((131072, 8, 128), 1, 1),  # one head alone is more than there is room for
+        ((4, 8192, 8, 128), 4, 4),
+        ((32768, 8, 128), 4, 4),  # packed, the same on average
+        ((4, 8192, 6, 128), 4, 3),  # four fit, and do not divide six
+        ((4096, 8, 64), 64, 8),
+        ((3, 8, 64), 64, 8),
+    ],
+)
+def test_as_many_heads_at_once_as_leave_their_keys_in_the_cache(shape, num_seqs: int, expected: int):
+    keys = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    assert hopper.heads_at_once(keys, torch.empty(num_seqs), shape[-2]) == expected
