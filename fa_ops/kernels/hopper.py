@@ -85,6 +85,13 @@ def _locate(index, num_tiles, heads, heads_at_once):
 
 
 @gluon.jit
+def _take_number(next_ptr, num_tiles, heads, heads_at_once):
+    """The number of the first tile and head that no program has taken."""
+    index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+    return _locate(index, num_tiles, heads, heads_at_once)
+
+
+@gluon.jit
 def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
     tiles_ptr, num_tiles, heads, first, next_ptr, next_smem = work
@@ -93,8 +100,7 @@ def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, 
     blocks = 0
     t = first
     while t < num_tiles * heads:
-        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t_next = _locate(index, num_tiles, heads, heads_at_once)
+        t_next = _take_number(next_ptr, num_tiles, heads, heads_at_once)
         record_ptr = tiles_ptr + t // heads * RECORD
         head = t % heads
         head_kv = head // group_size
@@ -203,6 +209,17 @@ def _copy_out(desc, end, length, row, head, out, smem):
     _rows(smem).store(out.to(desc.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [RAGGED_ROWS, end, head, RAGGED_ROWS - length + row, 0], smem)
+
+
+@gluon.jit
+def _store_out(ptr, index, out, first, length, heads, layout: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Stores a tile for which there is no room in shared memory, from the head's row `index` of out on, row `first`
+    of a sequence of `length` rows."""
+    offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    ptrs = ptr + index * HEAD_DIM
+    ptrs = ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
+    gl.store(ptrs, out.to(ptr.dtype.element_ty), mask=gl.expand_dims(first + offs_row < length, 1))
 
 
 @gluon.jit
@@ -337,12 +354,7 @@ def _consume(
             end = gl.load(record_ptr + 8) - m0 + len_q
             _copy_out(out_desc, end, len_q, m0 + CONSUMER * ROWS, head, out, out_smem.index(CONSUMER))
         else:
-            # there is no room for it in shared memory
-            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-            out_ptrs = out_ptr + (row * heads + head) * HEAD_DIM
-            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+            _store_out(out_ptr, row * heads + head, out, m0, len_q, heads, out_layout, HEAD_DIM)
     if HEAD_DIM <= 128:
         tma.store_wait(0)
 

@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa_ops.kernels import backward_tiles
-from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _locate, _operand, _pack, _rows, is_visible
+from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _locate, _operand, _pack, _rows, _take_number, is_visible
 from fa_ops.kernels.hopper_sparse import _allocate_tile_slots, _give, _take
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
@@ -106,8 +106,7 @@ def _produce_keys(
                 n0 += BLOCK_N
                 blocks += 1
         # the warp groups still have blocks to go when this is asked for
-        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, heads_at_once)
+        t = _take_number(next_ptr, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -358,8 +357,7 @@ def _produce_queries(
                     m0 += BLOCK_M
                     blocks += 1
         # the warp groups still have blocks to go when this is asked for
-        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, heads_at_once)
+        t = _take_number(next_ptr, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 

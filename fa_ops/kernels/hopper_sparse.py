@@ -60,6 +60,8 @@ _locate = hopper._locate
 _operand = hopper._operand
 _pack = hopper._pack
 _rows = hopper._rows
+_store_out = hopper._store_out
+_take_number = hopper._take_number
 is_visible = hopper.is_visible
 key_range = gluon.jit(primitives.key_range.fn)
 load_log_threshold = gluon.jit(skip.load_log_threshold.fn)
@@ -194,8 +196,7 @@ def _produce(
                         mbarrier.arrive(v_full.index(slot))
             blocks += num_blocks
         # the warp groups still have blocks to go when this is asked for
-        index = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
-        t = _locate(index, num_tiles, heads, heads_at_once)
+        t = _take_number(next_ptr, num_tiles, heads, heads_at_once)
     _give(t, tile_smem, tile_full, tiles)
 
 
@@ -382,12 +383,8 @@ def _consume(
             end = row - m0 + len_q
             _copy_out(out_desc, end, len_q, m0, head, out, out_smem.index(CONSUMER))
         else:
-            # there is no room for it in shared memory
-            offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
-            offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-            out_ptrs = out_ptr + gl.cast(row * heads + head, gl.int64) * HEAD_DIM
-            out_ptrs = out_ptrs + gl.expand_dims(offs_row, 1) * (heads * HEAD_DIM) + gl.expand_dims(offs_d, 0)
-            gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(m0 + offs_row < len_q, 1))
+            index = gl.cast(row * heads + head, gl.int64)
+            _store_out(out_ptr, index, out, m0, len_q, heads, out_layout, HEAD_DIM)
         t = _take(tile_smem, tile_full, tiles)
     if HEAD_DIM <= 128:
         tma.store_wait(0)

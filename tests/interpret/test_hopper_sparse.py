@@ -213,7 +213,10 @@ FAULTS = {
     ),
     "a_tile_in_the_wrong_slot": ("    slot = tiles % 2\n    tile_smem", "    slot = (tiles + 1) % 2\n    tile_smem"),
     "another_tile_is_taken": ("gl.max(tile_smem.index(slot)", "gl.max(tile_smem.index(1 - slot)"),
-    "a_tile_is_taken_twice": ("gl.num_programs(0) + gl.atomic_add", "0 * gl.num_programs(0) + gl.atomic_add"),
+    "a_tile_is_taken_twice": (
+        "_take_number(next_ptr, num_tiles, ",
+        '_locate(gl.atomic_add(next_ptr, 1, sem="relaxed"), num_tiles, ',
+    ),
     "nothing_is_masked": ("    if block >= num_full:\n", "    if False:\n"),
     "blocks_in_another_order": ("visit(step, num_blocks, VISIT_ORDER)", "visit(step, num_blocks, 3)"),
     "a_segment_too_late": ("segment = (n0 + BLOCK_N) //", "segment = n0 //"),
