@@ -48,7 +48,7 @@ def launches(monkeypatch) -> Iterator[list]:
 @functools.cache
 def drawn(seed: int) -> Case:
     head_dim = HEAD_DIMS[seed % 3]
-    profile = Profile(DTYPES, ((head_dim, head_dim),), max_len=2000, max_rows_by_heads=20_000, max_seqs=6)
+    profile = Profile(DTYPES, ((head_dim, head_dim),), max_len=2000, max_rows_by_heads=100_000, max_seqs=6)
     return draw_sparse(profile, seed)
 
 

@@ -63,7 +63,10 @@ def draw_sparse(profile: Profile, seed: int) -> Case:
     """A Case of skip-softmax without what the kernel does not know; the profile has one head dimension."""
     ((head_dim, _),) = profile.head_dims
     attempts = (_draw_sparse(profile, attempt, head_dim) for attempt in itertools.count(seed, SKIP_STRIDE))
-    return next(case for case in attempts if 0.1 <= dropped_share(case.build()) <= 0.9)
+    affordable = (
+        case for case in attempts if case.heads_kv * case.group_size * sum(case.lens_q) <= profile.max_rows_by_heads
+    )
+    return next(case for case in affordable if 0.1 <= dropped_share(case.build()) <= 0.9)
 
 
 def _draw_sparse(profile: Profile, seed: int, head_dim: int) -> Case:
