@@ -143,10 +143,10 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
     bytes.
     """
-    return _ragged(t, t.stride(), block_rows)(t)
+    return ragged(t, t.stride(), block_rows)(t)
 
 
-def _ragged(t: Tensor, strides: Sequence[int], block_rows: int) -> Callable[[Tensor], Any]:
+def ragged(t: Tensor, strides: Sequence[int], block_rows: int) -> Callable[[Tensor], Any]:
     """`ragged_descriptor` of tensors of t's shape and dtype, and of these strides."""
     *_, heads, dim = t.shape
     *_, stride_t, stride_h, _ = strides
@@ -231,8 +231,8 @@ def _plan(
     return (
         listing, Launch(hopper_forward_kernel, (programs,), constants),
         (
-            _ragged(q, q.stride(), ROWS.value), _ragged(k, k.stride(), tile.block_n),
-            _ragged(v, v.stride(), tile.block_n), _ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
+            ragged(q, q.stride(), ROWS.value), ragged(k, k.stride(), tile.block_n),
+            ragged(v, v.stride(), tile.block_n), ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
         ),
         (listing.bound, rows_q, heads, group_size, group_size * heads_at_once(k, b_seq_len, k.shape[-2])),
         (window_left, window_right),
@@ -277,7 +277,7 @@ def plan_tile_list(
     bound = tiles + num_seqs if is_packed else tiles * num_seqs
     pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
     numbers = (
-        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(_batch_rows(t) for t in (q, k, v)), q.shape[-2],
+        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(batch_rows(t) for t in (q, k, v)), q.shape[-2],
         *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
@@ -308,7 +308,7 @@ def list_tiles(
     return records
 
 
-def _batch_rows(t: Tensor) -> int:
+def batch_rows(t: Tensor) -> int:
     """The batch stride in rows."""
     return 0 if t.dim() == 3 else t.stride(0) // t.stride(1)
 

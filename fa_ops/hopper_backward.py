@@ -1,7 +1,9 @@
 """The backward kernels for sm_90: when they are taken, their opaque op, their launch. See hopper.py for the forward."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops import hopper
 from fa_ops.launching import (
+    Launch,
     dlse_strides,
     grid,
-    launch_compiled,
     lse_strides,
     mask_strides,
     multi_processors,
+    remember,
     strides_of,
 )
 from fa_ops_meta import outputs
@@ -84,90 +87,156 @@ def launch(
     """(dq, dk, dv, delta) of what `unsupported` lets through; index tensors are contiguous. delta is like lse, and has
     no elements without sinks, whose gradient needs it. Gradients of sequences with holes in their keys are 0: the
     portable kernels come after these."""
+    dq, dk, dv = outputs.empty_backward(q, k, v)
+    delta = _delta_without_keys(dlse, lse, has_sinks)
+    if 0 in (b_seq_len.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]):
+        return dq.zero_(), dk.zero_(), dv.zero_(), delta
+    if hopper._unsupported_layout(dout) is not None:
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    q, k, v, dout = map(hopper.aligned, (q, k, v, dout))
+    index = b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k
+    with torch.cuda.device_of(q):
+        plan = _plan(dout, dlse, out, lse, q, k, v, b_seq_len, b_seq_len_k, key_mask, window_right, has_sinks)
+        terms = q.new_empty(plan.terms_shape, dtype=torch.float32)
+        plan.terms(out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, *plan.terms_numbers)
+        sides = q, dout, k, v
+        tiles = list_tiles(plan.query_tiles, dq, dq, index, key_mask)
+        described = map(operator.call, plan.dq_descriptors, sides)
+        plan.dq(*described, terms, plan.terms_shape[1], dq, tiles, *plan.dq_counts, softmax_scale, window_right)
+        tiles = list_tiles(plan.key_tiles, dk, dv, index, key_mask)
+        described = map(operator.call, plan.dkv_descriptors, (*sides, terms))
+        plan.dkv(*described, dk, dv, tiles, *plan.dkv_counts, softmax_scale, window_right)
+    return dq, dk, dv, delta
+
+
+class _Plan(NamedTuple):
+    """What shapes tell of the launches: the kernels on their grids, what makes their descriptors, the numbers among
+    their arguments."""
+
+    terms: Launch
+    terms_shape: tuple[int, int]
+    terms_numbers: tuple[int, ...]
+    query_tiles: hopper.TileList
+    dq: Launch
+    dq_descriptors: tuple[Callable, ...]  # of q, dout, k, v
+    dq_counts: tuple[int, ...]
+    key_tiles: hopper.TileList
+    dkv: Launch
+    dkv_descriptors: tuple[Callable, ...]  # of q, dout, k, v, terms
+    dkv_counts: tuple[int, ...]
+
+
+@remember
+def _plan(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b_seq_len: Tensor,
+    b_seq_len_k: Tensor,
+    key_mask: Tensor | None,
+    window_right: int,
+    has_sinks: bool,
+) -> _Plan:
     from fa_ops.kernels.backward_tiles import row_terms_kernel
     from fa_ops.kernels.configs import HOPPER_BACKWARD_TILES
     from fa_ops.kernels.hopper import ROWS
     from fa_ops.kernels.hopper_backward import hopper_dkv_kernel, hopper_dq_kernel
 
-    dq, dk, dv = outputs.empty_backward(q, k, v)
-    for grad in (dq, dk, dv):
-        grad.zero_()
-    delta = _delta_without_keys(dlse, lse, has_sinks)
     is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, b_seq_len.shape[0], q.shape[-3], k.shape[-3]
-    if num_seqs * rows_q * rows_k == 0:
-        return dq, dk, dv, delta
-    if hopper._unsupported_layout(dout) is not None:
-        dout = dout.clone(memory_format=torch.contiguous_format)
-    q, k, v, dout = (hopper.for_copy_engine(t) for t in (q, k, v, dout))
     heads, heads_kv, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     group_size = heads // heads_kv
     dq_tile, dkv_tile = HOPPER_BACKWARD_TILES[head_dim]
     block = dkv_tile.block_n
-    index = b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k
-    with torch.cuda.device_of(q):
-        row_grid = grid(num_seqs, rows_q, block, heads, is_packed)
-        terms = torch.empty((2 * heads, row_grid[0] * block), dtype=torch.float32, device=q.device)
-        args = (
-            out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, window_right,
-            num_seqs, rows_q, rows_k, terms.shape[1],
+    row_grid = grid(num_seqs, rows_q, block, heads, is_packed)
+    terms_shape = 2 * heads, row_grid[0] * block
+    terms_constants = {
+        "HEAD_DIM": head_dim, "BLOCK": block, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
+        "HAS_DLSE": dlse is not None, "HAS_DELTA": has_sinks, "num_warps": 4,
+    }  # fmt: skip
+    lists = q, dout, k, v, b_seq_len, key_mask, window_right, block
+    query_tiles = plan_tile_list(*lists, ROWS.value * dq_tile.consumers, dq_tile.block_n, of_keys=False)
+    key_tiles = plan_tile_list(*lists, ROWS.value * dkv_tile.consumers, block, of_keys=True)
+    programs = multi_processors(q.device)
+    return _Plan(
+        Launch(row_terms_kernel, row_grid, terms_constants), terms_shape,
+        (
+            window_right, num_seqs, rows_q, rows_k, terms_shape[1],
             *strides_of(out), *lse_strides(lse), *strides_of(dout), *dlse_strides(dlse),
-        )  # fmt: skip
-        constants = {
-            "HEAD_DIM": head_dim, "BLOCK": block, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
-            "HAS_DLSE": dlse is not None, "HAS_DELTA": has_sinks, "num_warps": 4,
-        }  # fmt: skip
-        launch_compiled(row_terms_kernel, row_grid, args, constants)
-        lists = q, dout, k, v, index, key_mask, window_right, block
-        tiles, bound = tile_list(*lists, ROWS.value * dq_tile.consumers, dq_tile.block_n, of_keys=False)
-        args = (
-            *(hopper.ragged_descriptor(t, ROWS.value) for t in (q, dout)),
-            *(hopper.ragged_descriptor(t, dq_tile.block_n) for t in (k, v)),
-            terms, terms.shape[1], dq, tiles, bound, heads, group_size,
-            group_size * hopper.heads_at_once(k, b_seq_len_k, heads_kv), softmax_scale, window_right,
-        )  # fmt: skip
-        constants = _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n}
-        launch_compiled(hopper_dq_kernel, (min(multi_processors(q.device), bound * heads),), args, constants)
-        tiles, bound = tile_list(*lists, ROWS.value * dkv_tile.consumers, block, of_keys=True)
-        args = (
-            *(hopper.ragged_descriptor(t, block) for t in (q, dout)),
-            *(hopper.ragged_descriptor(t, ROWS.value) for t in (k, v)),
-            terms_descriptor(terms, block), dk, dv, tiles, bound, heads_kv, group_size,
-            hopper.heads_at_once(q, b_seq_len, heads_kv), softmax_scale, window_right,
-        )  # fmt: skip
-        constants = _constants(dkv_tile, head_dim, window_right) | {"BLOCK_M": block}
-        launch_compiled(hopper_dkv_kernel, (min(multi_processors(q.device), bound * heads_kv),), args, constants)
-    return dq, dk, dv, delta
+        ),
+        query_tiles,
+        Launch(
+            hopper_dq_kernel, (min(programs, query_tiles.bound * heads),),
+            _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n},
+        ),
+        (*(_ragged(t, ROWS.value) for t in (q, dout)), *(_ragged(t, dq_tile.block_n) for t in (k, v))),
+        (query_tiles.bound, heads, group_size, group_size * hopper.heads_at_once(k, b_seq_len_k, heads_kv)),
+        key_tiles,
+        Launch(
+            hopper_dkv_kernel, (min(programs, key_tiles.bound * heads_kv),),
+            _constants(dkv_tile, head_dim, window_right) | {"BLOCK_M": block},
+        ),
+        (
+            *(_ragged(t, block) for t in (q, dout)), *(_ragged(t, ROWS.value) for t in (k, v)),
+            terms_descriptor(terms_shape, block),
+        ),
+        (key_tiles.bound, heads_kv, group_size, hopper.heads_at_once(q, b_seq_len, heads_kv)),
+    )  # fmt: skip
 
 
-def tile_list(
+def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
+    return hopper.ragged(t, t.stride(), block_rows)
+
+
+def plan_tile_list(
     q: Tensor,
     dout: Tensor,
     k: Tensor,
     v: Tensor,
-    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    b_seq_len: Tensor,
     key_mask: Tensor | None,
     window_right: int,
     terms_block: int,
     tile: int,
     block: int,
     of_keys: bool,
-) -> tuple[Tensor, int]:
-    """The tiles of a batch, as `backward_tiles_kernel` describes them, and how many there can be."""
+) -> hopper.TileList:
     from fa_ops.kernels.backward_tiles import RECORD, backward_tiles_kernel
+    from fa_ops.kernels.primitives import CLEAR_ROWS
 
-    is_packed, num_seqs, rows_q, rows_k = q.dim() == 3, index[1].shape[0], q.shape[-3], k.shape[-3]
-    bound, _ = grid(num_seqs, rows_k if of_keys else rows_q, tile, 1, is_packed)
-    records = torch.empty((bound + 1, RECORD.value), dtype=torch.int32, device=q.device)
-    args = (
-        records, *index, index[1] if key_mask is None else key_mask, window_right, num_seqs, rows_q, rows_k,
-        *(hopper._batch_rows(t) for t in (q, dout, k, v)), *mask_strides(key_mask),
+    own = k if of_keys else q
+    is_packed, num_seqs = q.dim() == 3, b_seq_len.shape[0]
+    rows, heads, head_dim = own.shape[-3:]
+    bound, _ = grid(num_seqs, rows, tile, 1, is_packed)
+    pieces = -(-rows // CLEAR_ROWS.value) if is_packed else 0
+    numbers = (
+        window_right, num_seqs, q.shape[-3], k.shape[-3], *(hopper.batch_rows(t) for t in (q, dout, k, v)), heads,
+        *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
-        "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys, "HAS_RIGHT": window_right >= 0,
-        "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None, "num_warps": 1,
+        "HEAD_DIM": head_dim, "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys,
+        "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
+        "num_warps": hopper.TILE_LIST_WARPS,
     }  # fmt: skip
-    launch_compiled(backward_tiles_kernel, (bound,), args, constants)
-    return records, bound
+    listing = Launch(backward_tiles_kernel, (bound + pieces,), constants)
+    return hopper.TileList(listing, numbers, bound, (bound + 1, RECORD.value))
+
+
+def list_tiles(
+    plan: hopper.TileList,
+    grad: Tensor,
+    dv: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    key_mask: Tensor | None,
+) -> Tensor:
+    """The tiles of a batch, as `backward_tiles_kernel` describes them. Writes 0 to the rows of grad, and of dv where
+    the tiles are of keys, that no tile with blocks has."""
+    records = index[1].new_empty(plan.shape, dtype=torch.int32)
+    plan.launch(records, grad, dv, *index, index[1] if key_mask is None else key_mask, *plan.numbers)
+    return records
 
 
 def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str, Any]:
@@ -178,11 +247,12 @@ def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str
     }  # fmt: skip
 
 
-def terms_descriptor(terms: Tensor, block: int) -> Any:
-    """What the copy engine needs to know of terms (2 Hq, rows) to read `block` numbers of a row."""
-    return hopper.descriptor_class()(
-        terms, shape=list(terms.shape), strides=list(terms.stride()), block_shape=(1, block), layout=_terms_layout()
-    )
+def terms_descriptor(shape: tuple[int, int], block: int) -> Callable[[Tensor], Any]:
+    """Makes what the copy engine needs to know of terms (2 Hq, rows), contiguous, to read `block` numbers of a row."""
+    return functools.partial(
+        hopper.descriptor_class(), shape=list(shape), strides=[shape[1], 1], block_shape=(1, block),
+        layout=_terms_layout(),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -204,7 +274,13 @@ def _fake(dout, dlse, out, lse, q, k, v, *arguments) -> tuple[Tensor, Tensor, Te
     return *outputs.empty_backward(q, k, v), torch.empty_like(lse) if has_sinks else lse.new_empty((0,))
 
 
-_library.impl("_varlen_attention_sm90_backward", launch, "CUDA")
+_library.impl(
+    "_varlen_attention_sm90_backward",
+    lambda dout, dlse, out, lse, q, k, v, *rest: launch(
+        dout, dlse, out, lse, hopper.for_copy_engine(q), hopper.for_copy_engine(k), hopper.for_copy_engine(v), *rest
+    ),
+    "CUDA",
+)
 torch.library.register_fake("modelopt::_varlen_attention_sm90_backward", _fake, lib=_library)
 backward = torch.ops.modelopt._varlen_attention_sm90_backward.default
 

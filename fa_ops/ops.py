@@ -98,7 +98,6 @@ def _varlen_attention(
             return cpu_ops.skip_forward(*tensors, block_table, threshold, *numbers, *skip_blocks)
         return *cpu_ops.forward(*tensors, block_table, *numbers), *outputs.empty_skip(q, k, b_seq_len, None)
 
-    require_triton(q)
     is_hopper = reason is None
     if is_hopper:
         logger.debug("varlen_attention: sm_90 kernel%s", "" if skip_blocks is None else ", sparse")
@@ -179,6 +178,21 @@ def _admit(choice: str, *args: Any) -> str | None:
 _admit_again = remember(_admit)
 
 
+def _admit_backward(choice: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> str | None:
+    """`_admit`, of the backward."""
+    checks.check_attention(*args)
+    q, k, v, _, b_seq_len, _, _, scale, _, _, _, window_left, _, softcap, _, _, block_table, _, threshold, *_ = args
+    checks.check_no_backward(block_table)
+    checks.check_gradients(out, lse, dout, dlse)
+    if q.is_cuda:
+        require_triton(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return hopper_backward.refusal(q, k, v, b_seq_len, scale, window_left, softcap, threshold)
+
+
+_admit_backward_again = remember(_admit_backward)
+
+
 def _varlen_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -207,13 +221,12 @@ def _varlen_attention_backward(
     skip_softmax_block_q: int = 64,
     skip_softmax_block_k: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.check_attention(
-        q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
+    admit = _admit_backward if is_wrap_triton_enabled() else _admit_backward_again
+    reason = admit(
+        tier.TIER, dout, dlse, out, lse, q, k, v, b_start_loc, b_seq_len, max_input_len, is_causal, softmax_scale,
         b_start_loc_k, b_seq_len_k, max_input_len_k, window_left, window_right, softcap, sinks, key_mask, block_table,
         deterministic, skip_softmax_threshold, skip_softmax_block_q, skip_softmax_block_k,
     )  # fmt: skip
-    checks.check_no_backward(block_table)
-    checks.check_gradients(out, lse, dout, dlse)
     b_start_loc, b_seq_len, start_k, length_k, sinks = _contiguous_metadata(
         b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
     )
@@ -236,8 +249,6 @@ def _varlen_attention_backward(
             delta = delta if dlse is None else delta - dlse
         return dq, dk, dv, _sink_gradients(q, sinks, lse, delta)
 
-    require_triton(q)
-    reason = hopper_backward.refusal(q, k, v, b_seq_len, scale, window_left, softcap, skip_softmax_threshold)
     is_hopper = reason is None
     if is_hopper:
         logger.debug("varlen_attention_backward: sm_90 kernels")

@@ -249,8 +249,8 @@ def hopper_dq_kernel(
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), any number. The descriptors are ragged, for tiles of 64 rows (q, dout) or BLOCK_N (k, v); terms
-    (Hq, 2, terms_rows) float32 is what `row_terms_kernel` writes. dq is contiguous, and holds 0: rows of tiles without
-    blocks are not written."""
+    (Hq, 2, terms_rows) float32 is what `row_terms_kernel` writes. dq is contiguous; rows of tiles without blocks are
+    not written."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     dout_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], dout_desc.layout)
@@ -471,7 +471,7 @@ def hopper_dkv_kernel(
 ):  # fmt: skip
     """Grid (programs,), any number. The descriptors are ragged, for tiles of BLOCK_M rows (q, dout) or 64 (k, v);
     terms_desc reads BLOCK_M numbers of a row of (2 Hq, terms_rows), in which `row_terms_kernel` writes lse and delta.
-    `heads` are those of the keys. dk and dv are contiguous, and hold 0: tiles without blocks are not written."""
+    `heads` are those of the keys. dk and dv are contiguous; tiles without blocks are not written."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], v_desc.layout)

@@ -38,8 +38,8 @@ def compile_backward(
         **{f"{name}_desc": hopper.ragged_descriptor(tensor, block_q) for name in ("q", "dout")},
         **{f"{name}_desc": hopper.ragged_descriptor(tensor, block_k) for name in ("k", "v")},
         **{f"d{name}_ptr": tensor for name in ("q", "k", "v")},
-        "terms_desc": hopper_backward.terms_descriptor(torch.empty((4, 256)), block), "terms_ptr": tensor.float(),
-        "tiles_ptr": tensor.int(), "softmax_scale": 1.5,
+        "terms_desc": hopper_backward.terms_descriptor((4, 256), block)(torch.empty((4, 256))),
+        "terms_ptr": tensor.float(), "tiles_ptr": tensor.int(), "softmax_scale": 1.5,
     }  # fmt: skip
     signature, attrs = {}, {}
     for index, name in enumerate(fn.arg_names):
@@ -94,7 +94,9 @@ def test_preparations(kernel, is_packed: bool):
         "TILE": 128, "BLOCK": 64, "TERMS_BLOCK": 64, "OF_KEYS": True, "HAS_RIGHT": True, "IS_PACKED": is_packed,
         "HEAD_DIM": 128, "HAS_DLSE": True, "HAS_DELTA": True, "HAS_KEY_MASK": not is_packed,
     }  # fmt: skip
-    types = {"tiles_ptr": "*i32", "key_mask_ptr": "*i1", "out_ptr": "*bf16", "dout_ptr": "*bf16"}
+    types = {"tiles_ptr": "*i32", "key_mask_ptr": "*i1"} | dict.fromkeys(
+        ("out_ptr", "dout_ptr", "grad_ptr", "dv_ptr"), "*bf16"
+    )
     signature = {
         name: "constexpr" if name in constants
         else types.get(name, "*i32" if name.startswith("b_") else "*fp32" if name.endswith("_ptr") else "i32")
@@ -106,5 +108,4 @@ def test_preparations(kernel, is_packed: bool):
         if signature[parameter.name] != "constexpr" and not parameter.do_not_specialize
     }
     constants = {name: value for name, value in constants.items() if name in signature}
-    num_warps = 1 if kernel is backward_tiles_kernel else 4
-    assert compile_source(ASTSource(kernel, signature, constants, attrs), "sm_90", num_warps=num_warps).spilled == 0
+    assert compile_source(ASTSource(kernel, signature, constants, attrs), "sm_90", num_warps=4).spilled == 0

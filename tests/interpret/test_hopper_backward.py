@@ -230,7 +230,7 @@ def test_faults_are_found(old: str, new: str, monkeypatch, tmp_path, launches):
 @pytest.mark.parametrize("case", CASES[:24], ids=str)
 def test_tile_list(case: Case, of_keys: bool):
     """Every tile once; its blocks hold all that it sees; those called whole need no mask; no row of it is blind. None
-    has blocks where keys have holes."""
+    has blocks where keys have holes. Gradients are 0 in the rows of no tile with blocks, and not touched in others."""
     inputs = case.build()
     start_k, len_k = inputs.b_start_loc_k, inputs.b_seq_len_k
     start_k = inputs.b_start_loc if start_k is None else start_k
@@ -239,12 +239,17 @@ def test_tile_list(case: Case, of_keys: bool):
     size, block, terms_block = 128, 32, 64
     if not case.lens_q or 0 in (inputs.q.shape[-3], inputs.k.shape[-3]):
         return
-    records, _ = hopper_backward.tile_list(
-        inputs.q, inputs.q, inputs.k, inputs.v, (inputs.b_start_loc, inputs.b_seq_len, start_k, len_k),
-        inputs.key_mask, right, terms_block, size, block, of_keys,
+    listing = hopper_backward.plan_tile_list(
+        inputs.q, inputs.q, inputs.k, inputs.v, inputs.b_seq_len, inputs.key_mask, right, terms_block, size, block,
+        of_keys,
     )  # fmt: skip
-    found = []
     own = inputs.k if of_keys else inputs.q
+    grads = [torch.full(own.shape, torch.nan, dtype=torch.float16) for _ in range(2)]
+    records = hopper_backward.list_tiles(
+        listing, *grads, (inputs.b_start_loc, inputs.b_seq_len, start_k, len_k), inputs.key_mask
+    )
+    found = []
+    is_left = torch.zeros(own.shape[:-2].numel(), dtype=torch.bool)
     lens_k = case.lens_k or case.lens_q
     are_holey = [
         inputs.key_mask is not None and not inputs.key_mask[seq, start : start + n].all()
@@ -261,6 +266,8 @@ def test_tile_list(case: Case, of_keys: bool):
         if case.is_padded and are_holey[tile["row"] // own.shape[-3]]:
             assert sum(counts) == 0
             continue
+        if sum(counts):
+            is_left[tile["row"] : tile["row"] + min(size, (keys if of_keys else rows) - tile["first"])] = True
         position = torch.arange(rows)[:, None] + keys - rows
         sees = torch.arange(keys) <= position + right if right >= 0 else torch.ones(rows, keys, dtype=torch.bool)
         assert keys == 0 or sees.any(1).all()
@@ -281,3 +288,7 @@ def test_tile_list(case: Case, of_keys: bool):
         for seq, n in enumerate(lens) for first in range(0, n, size)
     ]  # fmt: skip
     assert sorted(found) == sorted(expected)
+    for grad in grads if of_keys else grads[:1]:
+        rows = grad.flatten(0, -3)
+        assert rows[is_left].isnan().all()
+        assert (rows[~is_left] == 0).all()
