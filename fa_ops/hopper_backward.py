@@ -101,11 +101,11 @@ def launch(
         plan.terms(out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, *plan.terms_numbers)
         sides = q, dout, k, v
         tiles = list_tiles(plan.query_tiles, dq, dq, index, key_mask)
-        described = map(operator.call, plan.dq_descriptors, sides)
-        plan.dq(*described, terms, plan.terms_shape[1], dq, tiles, *plan.dq_counts, softmax_scale, window_right)
+        described = map(operator.call, plan.dq_descriptors, (*sides, dq))
+        plan.dq(*described, terms, plan.terms_shape[1], tiles, *plan.dq_counts, softmax_scale, window_right)
         tiles = list_tiles(plan.key_tiles, dk, dv, index, key_mask)
-        described = map(operator.call, plan.dkv_descriptors, (*sides, terms))
-        plan.dkv(*described, dk, dv, tiles, *plan.dkv_counts, softmax_scale, window_right)
+        described = map(operator.call, plan.dkv_descriptors, (*sides, terms, dk, dv))
+        plan.dkv(*described, tiles, *plan.dkv_counts, softmax_scale, window_right)
     return dq, dk, dv, delta
 
 
@@ -118,11 +118,11 @@ class _Plan(NamedTuple):
     terms_numbers: tuple[int, ...]
     query_tiles: hopper.TileList
     dq: Launch
-    dq_descriptors: tuple[Callable, ...]  # of q, dout, k, v
+    dq_descriptors: tuple[Callable, ...]  # of q, dout, k, v, dq
     dq_counts: tuple[int, ...]
     key_tiles: hopper.TileList
     dkv: Launch
-    dkv_descriptors: tuple[Callable, ...]  # of q, dout, k, v, terms
+    dkv_descriptors: tuple[Callable, ...]  # of q, dout, k, v, terms, dk, dv
     dkv_counts: tuple[int, ...]
 
 
@@ -172,7 +172,10 @@ def _plan(
             hopper_dq_kernel, (min(programs, query_tiles.bound * heads),),
             _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n},
         ),
-        (*(_ragged(t, ROWS.value) for t in (q, dout)), *(_ragged(t, dq_tile.block_n) for t in (k, v))),
+        (
+            *(_ragged(t, ROWS.value) for t in (q, dout)), *(_ragged(t, dq_tile.block_n) for t in (k, v)),
+            hopper.ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
+        ),
         (query_tiles.bound, heads, group_size, group_size * hopper.heads_at_once(k, b_seq_len_k, heads_kv)),
         key_tiles,
         Launch(
@@ -182,6 +185,7 @@ def _plan(
         (
             *(_ragged(t, block) for t in (q, dout)), *(_ragged(t, ROWS.value) for t in (k, v)),
             terms_descriptor(terms_shape, block),
+            *(hopper.ragged(k, (heads_kv * head_dim, head_dim, 1), ROWS.value),) * 2,
         ),
         (key_tiles.bound, heads_kv, group_size, hopper.heads_at_once(q, b_seq_len, heads_kv)),
     )  # fmt: skip

@@ -92,7 +92,7 @@ HOPPER_SPARSE_TILES = {
 # by head dimension: for dQ, with two slots or more; for dK and dV, with 64 keys for a warp group and blocks of queries
 HOPPER_BACKWARD_TILES = {
     64: (HopperTile(64, 4, 2, 240, 24), HopperTile(128, 4, 2, 240, 24)),
-    128: (HopperTile(64, 4, 2, 240, 24), HopperTile(64, 4, 2, 240, 24)),
+    128: (HopperTile(64, 4, 2, 240, 24), HopperTile(64, 2, 2, 240, 24)),
 }
 
 

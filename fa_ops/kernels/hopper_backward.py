@@ -11,13 +11,14 @@ the other side that it sees, for each query head of the group where the tile is 
 not told of. So every role counts the same tiles and the same blocks since the kernel began, and these two counts,
 `tiles` and `blocks`, decide every slot and every phase:
 
-    slot of block i: i % STAGES; its phase: i // STAGES % 2. Each consumer has one slot of rows, of phase tiles % 2.
+    slot of block i: i % STAGES; its phase: i // STAGES % 2. For rows each consumer has one slot for dQ, of phase
+    tiles % 2, and OWN_STAGES for dK and dV, so that the next tile's are there when a tile ends.
 
     barrier      arrivals   completes when                                       who waits
     own_full[c]  2 + bytes  the rows of consumer c are in shared memory: Q, dO   consumer c, before its first block
                             or K, V
-    own_empty[c] 1          consumer c's first products with Q and dO ended, or  producer, before the next tile's rows
-                            the last ones with K and V
+    own_empty[c] 1          consumer c's first products with Q and dO ended, or  producer, before the rows of the tile
+                            the last ones with K and V                           that has the slot next
     full[s]      n + bytes  the slot's block is there: K, V or Q, dO, lse, delta each consumer, before its products
     empty[s]     CONSUMERS  the products of each consumer with the block ended   producer, before the block after it
     tile_full[s] 1          the number of tile i is there, s = i % 2             each consumer, before its tile
@@ -27,7 +28,12 @@ there are at least two slots; P and dS follow while that product is still runnin
 and dS beside P^T dO: registers do not allow for more.
 
 Every wait for a phase is for the one that is running or for the one before it, as in hopper.py; and the producer asks
-for a block when consumers have only to end the block STAGES before it, all of which was asked for earlier.
+for a block when consumers have only to end the block STAGES before it, all of which was asked for earlier. The number
+of a tile takes the place of that of the last tile but one, which the producer knows that consumers have begun, for dQ,
+or ended, for dK and dV.
+
+Gradients are written to shared memory, from where the copy engine takes them while the next tile begins; dK and dV one
+after the other through the same place.
 
 Nothing outside a sequence takes part. Blocks that cross its end are filled up with zeros by the copy engine. Rows that
 see no key are left out by the list of tiles, since their dO may be NaN. lse and delta come from `row_terms_kernel`,
@@ -45,10 +51,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa_ops.kernels import backward_tiles
-from fa_ops.kernels.hopper import LOG2E, ROWS, _copy, _locate, _operand, _pack, _rows, _take_number, is_visible
+from fa_ops.kernels.hopper import (
+    LOG2E,
+    ROWS,
+    _copy,
+    _copy_out,
+    _locate,
+    _operand,
+    _pack,
+    _rows,
+    _take_number,
+    is_visible,
+)
 from fa_ops.kernels.hopper_sparse import _allocate_tile_slots, _give, _take
 
 RECORD = gl.constexpr(backward_tiles.RECORD.value)
+OWN_STAGES = gl.constexpr(2)  # tiles whose K and V are there at once
 
 
 @gluon.jit
@@ -72,7 +90,7 @@ def _produce_keys(
     shared, tile_slots, work, descs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Copies for dQ: Q and dO of a tile, and K and V of its blocks."""
-    q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
+    q_smem, dout_smem, k_smem, v_smem, dq_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     q_desc, dout_desc, k_desc, v_desc = descs
@@ -154,10 +172,10 @@ def _add_keys(
 
 @gluon.jit
 def _consume_keys(
-    shared, tile_slots, work, numbers, inputs, dq_ptr, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr,
+    shared, tile_slots, work, numbers, inputs, dq_desc, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty = shared
+    q_smem, dout_smem, k_smem, v_smem, dq_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     softmax_scale, window_right = numbers
@@ -223,39 +241,31 @@ def _consume_keys(
         dq = warpgroup_mma(_operand(packed, out_layout, k_smem.dtype), _rows(k_smem.index(slot)), dq)
         mbarrier.arrive(empty.index(slot))
         # read again rather than kept in registers
-        m0 = gl.load(record_ptr) + CONSUMER * ROWS
+        m0 = gl.load(record_ptr)
         len_q = gl.load(record_ptr + 1)
-        row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
-        _store_rows(dq_ptr, dq * softmax_scale, row, m0, len_q, t % heads, heads, out_layout, HEAD_DIM)
+        end = gl.load(record_ptr + 7) - m0 + len_q
+        _copy_out(dq_desc, end, len_q, m0 + CONSUMER * ROWS, t % heads, dq * softmax_scale, dq_smem.index(CONSUMER))
         t = _take(tile_smem, tile_full, tiles)
-
-
-@gluon.jit
-def _store_rows(ptr, tile, row, first, length, head, heads, layout: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Stores a tile whose first row is `row` of a contiguous tensor, and `first` of a sequence of `length` rows."""
-    offs_row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    offs_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    # nothing here is known before the tile's row is, or it would be kept in registers all along
-    ptrs = ptr + gl.expand_dims(((row + offs_row) * heads + head) * HEAD_DIM, 1) + gl.expand_dims(offs_d, 0)
-    gl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=gl.expand_dims(first + offs_row < length, 1))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "heads_at_once", "window_right", "terms_rows"))
 def hopper_dq_kernel(
-    q_desc, dout_desc, k_desc, v_desc, terms_ptr, terms_rows, dq_ptr, tiles_ptr, tile_bound, heads, group_size,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, terms_ptr, terms_rows, tiles_ptr, tile_bound, heads, group_size,
     heads_at_once, softmax_scale, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), any number. The descriptors are ragged, for tiles of 64 rows (q, dout) or BLOCK_N (k, v); terms
-    (Hq, 2, terms_rows) float32 is what `row_terms_kernel` writes. dq is contiguous; rows of tiles without blocks are
-    not written."""
+    """Grid (programs,), any number. The descriptors are ragged, for tiles of 64 rows (q, dout, dq) or BLOCK_N (k, v);
+    terms (Hq, 2, terms_rows) float32 is what `row_terms_kernel` writes. dq is contiguous; rows of tiles without blocks
+    are not written."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     dout_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], dout_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    dq_smem = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], dq_desc.layout)
     offs_smem = _allocate_offs(BLOCK_N)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     own_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
@@ -271,7 +281,7 @@ def hopper_dq_kernel(
     tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
-    shared = (q_smem, dout_smem, k_smem, v_smem, offs_smem, own_full, own_empty, full, empty)
+    shared = (q_smem, dout_smem, k_smem, v_smem, dq_smem, offs_smem, own_full, own_empty, full, empty)
     work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size, heads_at_once)
     descs = (q_desc, dout_desc, k_desc, v_desc)
     numbers = (softmax_scale, window_right)
@@ -281,11 +291,11 @@ def hopper_dq_kernel(
             [
                 (
                     _consume_keys,
-                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, inputs, dq_desc, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
                 ),
                 (
                     _consume_keys,
-                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, inputs, dq_desc, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
                 ),
                 (_produce_keys, (shared, tile_slots, work, descs, BLOCK_N, STAGES, CONSUMERS)),
             ],
@@ -297,15 +307,15 @@ def hopper_dq_kernel(
             [
                 (
                     _consume_keys,
-                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, inputs, dq_desc, 0, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
                 ),
                 (
                     _consume_keys,
-                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, inputs, dq_desc, 1, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
                 ),
                 (
                     _consume_keys,
-                    (shared, tile_slots, work, numbers, inputs, dq_ptr, 2, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, inputs, dq_desc, 2, HEAD_DIM, BLOCK_N, STAGES, HAS_RIGHT),
                 ),
                 (_produce_keys, (shared, tile_slots, work, descs, BLOCK_N, STAGES, CONSUMERS)),
             ],
@@ -315,11 +325,20 @@ def hopper_dq_kernel(
 
 
 @gluon.jit
+def _wait_for_place(own_empty, tiles, CONSUMERS: gl.constexpr):
+    """The first consumer's place for K and V of tile number `tiles`, as soon as all have left the tile that had it."""
+    own = tiles % OWN_STAGES * CONSUMERS
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(own_empty.index(own + c), ((tiles // OWN_STAGES) & 1) ^ 1)
+    return own
+
+
+@gluon.jit
 def _produce_queries(
     shared, tile_slots, work, descs, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
 ):  # fmt: skip
     """Copies for dK and dV: K and V of a tile, and Q, dO, lse and delta of its blocks."""
-    k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
+    k_smem, v_smem, q_smem, dout_smem, terms_smem, out_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     q_desc, dout_desc, k_desc, v_desc, terms_desc = descs
@@ -340,11 +359,11 @@ def _produce_queries(
         end_k = gl.load(record_ptr + 11)
         end_v = gl.load(record_ptr + 12)
         if num_blocks > 0:
+            own = _wait_for_place(own_empty, tiles, CONSUMERS)
             _give(t, tile_smem, tile_full, tiles)
             for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(own_empty.index(c), (tiles & 1) ^ 1)
-                _copy(k_desc, end_k, len_k, n0 + c * ROWS, head_kv, own_full.index(c), k_smem.index(c))
-                _copy(v_desc, end_v, len_k, n0 + c * ROWS, head_kv, own_full.index(c), v_smem.index(c))
+                _copy(k_desc, end_k, len_k, n0 + c * ROWS, head_kv, own_full.index(own + c), k_smem.index(own + c))
+                _copy(v_desc, end_v, len_k, n0 + c * ROWS, head_kv, own_full.index(own + c), v_smem.index(own + c))
             tiles += 1
             for head in range(head_kv * group_size, (head_kv + 1) * group_size):
                 m0 = begin
@@ -358,18 +377,28 @@ def _produce_queries(
                     blocks += 1
         # the warp groups still have blocks to go when this is asked for
         t = _take_number(next_ptr, num_tiles, heads, heads_at_once)
+    _wait_for_place(own_empty, tiles, CONSUMERS)
     _give(t, tile_smem, tile_full, tiles)
 
 
 @gluon.jit
+def _hide(x):
+    """x, of which the compiler knows nothing: what follows from it is not kept in registers from block to block."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _add_queries(
-    dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n, m0, len_q, len_k,
-    window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
+    dk, dv, own, k_smem, v_smem, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, first_rows, m0,
+    scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """(dk + dS^T Q, dv + P^T dO) over the query rows [m0, m0 + BLOCK_M), of block `blocks`."""
     slot = blocks % STAGES
     mbarrier.wait(full.index(slot), (blocks // STAGES) & 1)
+    place = _hide(own)
+    k = _rows(k_smem.index(place))
+    v = _rows(v_smem.index(place))
     q = _rows(q_smem.index(slot))
     dout = _rows(dout_smem.index(slot))
     scores = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -377,10 +406,7 @@ def _add_queries(
     s = warpgroup_mma_wait(1, deps=[scores])
     if MASKED:
         offs_m = m0 + offs_smem.load(gl.SliceLayout(0, s_layout))
-        visible = is_visible(
-            gl.expand_dims(offs_m, 0), gl.expand_dims(offs_n, 1), len_q, len_k, -1, window_right, False, HAS_RIGHT
-        )  # fmt: skip
-        s = gl.where(visible, s, float("-inf"))
+        s = gl.where(gl.expand_dims(offs_m, 0) >= gl.expand_dims(first_rows, 1), s, float("-inf"))
     p = gl.exp2(s * scale_log2 - _load_term(terms_smem.index(2 * slot), s_layout))
     p_operand = _operand(_pack(p, dout_smem.dtype), out_layout, dout_smem.dtype)
     product_v = warpgroup_mma(p_operand, dout, dv, is_async=True)
@@ -402,17 +428,15 @@ def _load_term(smem, layout: gl.constexpr):
 @gluon.jit
 def _consume_queries(
     shared, tile_slots, work, numbers, outputs, CONSUMER: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty = shared
+    k_smem, v_smem, q_smem, dout_smem, terms_smem, out_smem, offs_smem, own_full, own_empty, full, empty = shared
     tile_smem, tile_full = tile_slots
     tiles_ptr, next_ptr, num_tiles, heads, group_size, heads_at_once = work
     softmax_scale, window_right = numbers
-    dk_ptr, dv_ptr = outputs
+    dk_desc, dv_desc = outputs
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    k = _rows(k_smem.index(CONSUMER))
-    v = _rows(v_smem.index(CONSUMER))
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
@@ -420,71 +444,74 @@ def _consume_queries(
     t = _take(tile_smem, tile_full, tiles)
     while t < num_tiles * heads:
         record_ptr = tiles_ptr + t // heads * RECORD
-        n0 = gl.load(record_ptr) + CONSUMER * ROWS
-        len_q = gl.load(record_ptr + 1)
-        len_k = gl.load(record_ptr + 2)
+        # the first query row that sees a key; neither keys nor rows behind the sequence's end need a mask: nothing is
+        # stored of those, and the lse of these is +inf
+        first_row = gl.load(record_ptr) + CONSUMER * ROWS
+        if HAS_RIGHT:
+            first_row += gl.load(record_ptr + 1) - gl.load(record_ptr + 2) - window_right
+        first_rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         begin = gl.load(record_ptr + 3)
         num_left = gl.load(record_ptr + 4)
-        # rows behind the sequence's end need no mask: their lse is +inf
         num_whole = gl.load(record_ptr + 5) + gl.load(record_ptr + 6)
-        offs_n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         dk = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         dv = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
-        mbarrier.wait(own_full.index(CONSUMER), tiles & 1)
+        own = tiles % OWN_STAGES * CONSUMERS + CONSUMER
+        mbarrier.wait(own_full.index(own), (tiles // OWN_STAGES) & 1)
         tiles += 1
         for _member in range(group_size):
             m0 = begin
             if HAS_RIGHT:
                 for _ in range(num_left):
                     dk, dv = _add_queries(
-                        dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
-                        m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
-                        HAS_RIGHT, True,
+                        dk, dv, own, k_smem, v_smem, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty,
+                        blocks, first_rows, m0, scale_log2, s_layout, out_layout, BLOCK_M, STAGES, True,
                     )  # fmt: skip
                     m0 += BLOCK_M
                     blocks += 1
             for _ in range(num_whole):
                 dk, dv = _add_queries(
-                    dk, dv, k, v, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks, offs_n,
-                    m0, len_q, len_k, window_right, scale_log2, s_layout, out_layout, BLOCK_M, STAGES,
-                    HAS_RIGHT, False,
+                    dk, dv, own, k_smem, v_smem, zeros, q_smem, dout_smem, terms_smem, offs_smem, full, empty, blocks,
+                    first_rows, m0, scale_log2, s_layout, out_layout, BLOCK_M, STAGES, False,
                 )  # fmt: skip
                 m0 += BLOCK_M
                 blocks += 1
-        mbarrier.arrive(own_empty.index(CONSUMER))
+        mbarrier.arrive(own_empty.index(own))
         # read again rather than kept in registers
-        n0 = gl.load(record_ptr) + CONSUMER * ROWS
+        n0 = gl.load(record_ptr)
         len_k = gl.load(record_ptr + 2)
-        row = gl.cast(gl.load(record_ptr + 7) + CONSUMER * ROWS, gl.int64)
-        _store_rows(dk_ptr, dk * softmax_scale, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
-        _store_rows(dv_ptr, dv, row, n0, len_k, t % heads, heads, out_layout, HEAD_DIM)
+        end = gl.load(record_ptr + 7) - n0 + len_k
+        n0 += CONSUMER * ROWS
+        _copy_out(dk_desc, end, len_k, n0, t % heads, dk * softmax_scale, out_smem.index(CONSUMER))
+        _copy_out(dv_desc, end, len_k, n0, t % heads, dv, out_smem.index(CONSUMER))
         t = _take(tile_smem, tile_full, tiles)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=("tile_bound", "heads", "group_size", "heads_at_once", "window_right"))
 def hopper_dkv_kernel(
-    q_desc, dout_desc, k_desc, v_desc, terms_desc, dk_ptr, dv_ptr, tiles_ptr, tile_bound, heads, group_size,
+    q_desc, dout_desc, k_desc, v_desc, terms_desc, dk_desc, dv_desc, tiles_ptr, tile_bound, heads, group_size,
     heads_at_once, softmax_scale, window_right,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), any number. The descriptors are ragged, for tiles of BLOCK_M rows (q, dout) or 64 (k, v);
-    terms_desc reads BLOCK_M numbers of a row of (2 Hq, terms_rows), in which `row_terms_kernel` writes lse and delta.
+    """Grid (programs,), any number. The descriptors are ragged, for tiles of BLOCK_M rows (q, dout) or 64 (k, v, dk,
+    dv); terms_desc reads BLOCK_M numbers of a row of (2 Hq, terms_rows), where `row_terms_kernel` writes lse and delta.
     `heads` are those of the keys. dk and dv are contiguous; tiles without blocks are not written."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [OWN_STAGES * CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [OWN_STAGES * CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], v_desc.layout)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [STAGES, 1, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dout_desc.dtype, [STAGES, 1, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
     terms_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_M], terms_desc.layout)
+    out_smem = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], dk_desc.layout)
     offs_smem = _allocate_offs(BLOCK_M)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    own_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    own_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    own_full = gl.allocate_shared_memory(gl.int64, [OWN_STAGES * CONSUMERS, 1], barrier)
+    own_empty = gl.allocate_shared_memory(gl.int64, [OWN_STAGES * CONSUMERS, 1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    for c in gl.static_range(CONSUMERS):
+    for c in gl.static_range(OWN_STAGES * CONSUMERS):
         mbarrier.init(own_full.index(c), count=2)
         mbarrier.init(own_empty.index(c), count=1)
     for slot in gl.static_range(STAGES):
@@ -493,21 +520,21 @@ def hopper_dkv_kernel(
     tile_slots = _allocate_tile_slots()
     fence_async_shared()
 
-    shared = (k_smem, v_smem, q_smem, dout_smem, terms_smem, offs_smem, own_full, own_empty, full, empty)
+    shared = (k_smem, v_smem, q_smem, dout_smem, terms_smem, out_smem, offs_smem, own_full, own_empty, full, empty)
     work = (tiles_ptr, tiles_ptr + tile_bound * RECORD + 1, num_tiles, heads, group_size, heads_at_once)
     descs = (q_desc, dout_desc, k_desc, v_desc, terms_desc)
     numbers = (softmax_scale, window_right)
-    outputs = (dk_ptr, dv_ptr)
+    outputs = (dk_desc, dv_desc)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (
                     _consume_queries,
-                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT, CONSUMERS),
                 ),
                 (
                     _consume_queries,
-                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT, CONSUMERS),
                 ),
                 (_produce_queries, (shared, tile_slots, work, descs, BLOCK_M, STAGES, CONSUMERS)),
             ],
@@ -519,15 +546,15 @@ def hopper_dkv_kernel(
             [
                 (
                     _consume_queries,
-                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, outputs, 0, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT, CONSUMERS),
                 ),
                 (
                     _consume_queries,
-                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, outputs, 1, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT, CONSUMERS),
                 ),
                 (
                     _consume_queries,
-                    (shared, tile_slots, work, numbers, outputs, 2, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT),
+                    (shared, tile_slots, work, numbers, outputs, 2, HEAD_DIM, BLOCK_M, STAGES, HAS_RIGHT, CONSUMERS),
                 ),
                 (_produce_queries, (shared, tile_slots, work, descs, BLOCK_M, STAGES, CONSUMERS)),
             ],

@@ -35,9 +35,9 @@ def compile_backward(
     tensor = torch.empty((4, 2, head_dim), dtype=dtype)
     block_q, block_k = (ROWS.value, block) if kernel == "dq" else (block, ROWS.value)
     types = {
-        **{f"{name}_desc": hopper.ragged_descriptor(tensor, block_q) for name in ("q", "dout")},
+        **{f"{name}_desc": hopper.ragged_descriptor(tensor, block_q) for name in ("q", "dout", "dq")},
         **{f"{name}_desc": hopper.ragged_descriptor(tensor, block_k) for name in ("k", "v")},
-        **{f"d{name}_ptr": tensor for name in ("q", "k", "v")},
+        **{f"{name}_desc": hopper.ragged_descriptor(tensor, ROWS.value) for name in ("dk", "dv")},
         "terms_desc": hopper_backward.terms_descriptor((4, 256), block)(torch.empty((4, 256))),
         "terms_ptr": tensor.float(), "tiles_ptr": tensor.int(), "softmax_scale": 1.5,
     }  # fmt: skip

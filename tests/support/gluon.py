@@ -425,6 +425,8 @@ def _assemble(asm: str, constraints: str, args: list[Tensor], **options) -> Any:
     if "mov.b32 {" in asm:  # both halves
         (packed,) = args
         return packed.unsqueeze(-1).view(torch.int16).unbind(-1)
+    if asm == "mov.b32 $0, $1;":
+        return args[0]
     dtype = {"cvt.rn.bf16x2": torch.bfloat16, "cvt.rn.f16x2.": torch.float16}[asm[:13]]
     return torch.stack(args, -1).to(dtype).view(torch.int32).squeeze(-1)
 
