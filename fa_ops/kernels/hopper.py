@@ -9,11 +9,12 @@ memory, with Q. A tile's key blocks are visited from the last to the first: thos
 whole, those masked at their left. Of a tile without blocks there is Q alone. So every role counts the same tiles and
 the same blocks since the kernel began, and these two counts, `tiles` and `blocks`, decide every slot and every phase:
 
-    slot of block i: i % STAGES; its phase: i // STAGES % 2. Each consumer has one slot of Q, of phase tiles % 2.
+    slot of block i: i % STAGES; its phase: i // STAGES % 2. Each consumer has Q_STAGES slots of Q, so that the next
+    tile's is there when a tile ends, if there is room.
 
     barrier    arrivals   completes when                                    who waits
     q_full[c]  1 + bytes  the next tile and consumer c's Q are there        consumer c, before its first scores
-    q_empty[c] 1          consumer c has its last scores and the next tile  producer, before the next tile's Q
+    q_empty[c] 1          consumer c has its last scores and the next tile  producer, before the Q after it
     k_full[s]  1 + bytes  K of the slot is there                            each consumer, before its scores
     k_empty[s] CONSUMERS  each consumer has the scores of the slot's block  producer, before the K after it
     v_full[s]  1 + bytes  V of the slot is there                            each consumer, before the product
@@ -96,6 +97,7 @@ def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, 
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = shared
     tiles_ptr, num_tiles, heads, first, next_ptr, next_smem = work
     q_desc, k_desc, v_desc, group_size, heads_at_once = inputs
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     tiles = 0
     blocks = 0
     t = first
@@ -112,11 +114,13 @@ def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, 
         end_q = gl.load(record_ptr + 9)
         end_k = gl.load(record_ptr + 10)
         end_v = gl.load(record_ptr + 11)
+        slot = tiles % Q_STAGES
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
-        next_smem.store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+            mbarrier.wait(q_empty.index(slot * CONSUMERS + c), ((tiles // Q_STAGES) & 1) ^ 1)
+        next_smem.index(slot).store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         for c in gl.static_range(CONSUMERS):
-            _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(c), q_smem.index(c))
+            own = slot * CONSUMERS + c
+            _copy(q_desc, end_q, len_q, m0 + c * ROWS, head, q_full.index(own), q_smem.index(own))
         tiles += 1
         for j in range(num_blocks):
             n0 = begin + (num_blocks - 1 - j) * BLOCK_N
@@ -128,6 +132,12 @@ def _produce(shared, work, inputs, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, 
             _copy(v_desc, end_v, len_k, n0, head_kv, v_full.index(slot), v_smem.index(slot))
             blocks += 1
         t = t_next
+
+
+@gluon.jit
+def _hide(x):
+    """x, of which the compiler knows nothing: what follows from it is not kept in registers from block to block."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -154,7 +164,7 @@ def _softmax(
 
 @gluon.jit
 def _attend(
-    acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns, blocks,
+    acc, l_i, m_i, packed, own, q_smem, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns, blocks,
     offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout: gl.constexpr, out_layout: gl.constexpr,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -167,6 +177,9 @@ def _attend(
     mbarrier.wait(k_full.index(slot_k), ((blocks + 1) // STAGES) & 1)
     if CONSUMERS == 3:
         mbarrier.wait(turn.index(CONSUMER), (turns & 1) ^ (CONSUMER == 0))
+    if q_smem.shape[0] > CONSUMERS:
+        own = _hide(own)
+    q = _rows(q_smem.index(own))
     scores = warpgroup_mma(q, _rows(k_smem.index(slot_k)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot_v), (blocks // STAGES) & 1)
     product = warpgroup_mma(p, _rows(v_smem.index(slot_v)), acc, is_async=True)
@@ -272,7 +285,7 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q = _rows(q_smem.index(CONSUMER))
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     scale_log2 = softmax_scale * LOG2E
     tiles = 0
@@ -291,13 +304,15 @@ def _consume(
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         l_i = gl.zeros([ROWS], gl.float32, row_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        mbarrier.wait(q_full.index(CONSUMER), tiles & 1)
+        q_slot = tiles % Q_STAGES
+        own = q_slot * CONSUMERS + CONSUMER
+        mbarrier.wait(q_full.index(own), (tiles // Q_STAGES) & 1)
         tiles += 1
         if num_blocks > 0:
             last = begin + (num_blocks - 1) * BLOCK_N
             slot = blocks % STAGES
             mbarrier.wait(k_full.index(slot), (blocks // STAGES) & 1)
-            s = warpgroup_mma(q, _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
+            s = warpgroup_mma(_rows(q_smem.index(own)), _rows(k_smem.index(slot)).permute((1, 0)), zeros, use_acc=False)
             mbarrier.arrive(k_empty.index(slot))
             p, l_i, m_i, alpha = _softmax(
                 s, l_i, m_i, offs_m, last, len_q, len_k, window_left, window_right, scale_log2, s_layout,
@@ -317,30 +332,30 @@ def _consume(
                     num_whole = 0
                 for _ in range(num_masked):
                     acc, l_i, m_i, packed = _attend(
-                        acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
-                        blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
-                        CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, True,
+                        acc, l_i, m_i, packed, own, q_smem, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        turn, turns, blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout,
+                        out_layout, CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, True,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
                     turns += 1
                 for _ in range(num_whole):
                     acc, l_i, m_i, packed = _attend(
-                        acc, l_i, m_i, packed, q, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, turns,
-                        blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout, out_layout,
-                        CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, False,
+                        acc, l_i, m_i, packed, own, q_smem, zeros, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        turn, turns, blocks, offs_m, n0, len_q, len_k, window_left, window_right, scale_log2, s_layout,
+                        out_layout, CONSUMER, CONSUMERS, BLOCK_N, STAGES, HAS_LEFT, False,
                     )  # fmt: skip
                     n0 -= BLOCK_N
                     blocks += 1
                     turns += 1
-            t = _next_tile(next_smem, q_empty.index(CONSUMER))
+            t = _next_tile(next_smem.index(q_slot), q_empty.index(own))
             slot = blocks % STAGES
             mbarrier.wait(v_full.index(slot), (blocks // STAGES) & 1)
             acc = warpgroup_mma(_operand(packed, out_layout, v_smem.dtype), _rows(v_smem.index(slot)), acc)
             mbarrier.arrive(v_empty.index(slot))
             blocks += 1
         else:
-            t = _next_tile(next_smem, q_empty.index(CONSUMER))
+            t = _next_tile(next_smem.index(q_slot), q_empty.index(own))
         is_empty = l_i == 0.0
         l_i = gl.where(is_empty, 1.0, l_i)
         out = acc / _column(l_i, out_layout)
@@ -375,23 +390,26 @@ def hopper_forward_kernel(
     lse are contiguous; rows of no sequence are `tile_list_kernel`'s. There always is a window at the right, if need be
     so wide that it hides nothing."""
     num_tiles = gl.load(tiles_ptr + tile_bound * RECORD)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
+    # tiles whose Q is there at once: the next one's too, where there is room
+    Q_STAGES: gl.constexpr = 2 if HEAD_DIM <= 128 else 1
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * CONSUMERS, 1, 1, 1, ROWS, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    next_smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    next_smem = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier)
     out_smem = _allocate_out(q_smem, out_desc, CONSUMERS, HEAD_DIM)
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(turn.index(c), count=1)
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
+    for own in gl.static_range(Q_STAGES * CONSUMERS):
+        mbarrier.init(q_full.index(own), count=1)
+        mbarrier.init(q_empty.index(own), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -408,8 +426,14 @@ def hopper_forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
-                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (
+                    _consume,
+                    (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
+                ),
+                (
+                    _consume,
+                    (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
+                ),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -418,9 +442,18 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
-                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
-                (_consume, (shared, work, numbers, outputs, 2, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (
+                    _consume,
+                    (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
+                ),
+                (
+                    _consume,
+                    (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
+                ),
+                (
+                    _consume,
+                    (shared, work, numbers, outputs, 2, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
+                ),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],

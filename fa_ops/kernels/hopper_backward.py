@@ -56,6 +56,7 @@ from fa_ops.kernels.hopper import (
     ROWS,
     _copy,
     _copy_out,
+    _hide,
     _locate,
     _operand,
     _pack,
@@ -379,12 +380,6 @@ def _produce_queries(
         t = _take_number(next_ptr, num_tiles, heads, heads_at_once)
     _wait_for_place(own_empty, tiles, CONSUMERS)
     _give(t, tile_smem, tile_full, tiles)
-
-
-@gluon.jit
-def _hide(x):
-    """x, of which the compiler knows nothing: what follows from it is not kept in registers from block to block."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -194,7 +194,11 @@ FAULTS = {
     "the_producer_does_not_wait": ("            mbarrier.wait(v_empty.index(slot), phase_before)\n", ""),
     "q_is_released_early": (
         "        tiles += 1\n        if num_blocks",
-        "        tiles += 1\n        mbarrier.arrive(q_empty.index(CONSUMER))\n        if num_blocks",
+        "        tiles += 1\n        mbarrier.arrive(q_empty.index(own))\n        if num_blocks",
+    ),
+    "the_place_of_q_is_not_waited_for": (
+        "            mbarrier.wait(q_empty.index(slot * CONSUMERS + c), ((tiles // Q_STAGES) & 1) ^ 1)\n",
+        "            pass\n",
     ),
     "a_row_behind_the_end_is_read": (
         "end, head, RAGGED_ROWS - length + row, 0], full", "end + 1, head, RAGGED_ROWS - 1 - length + row, 0], full"
@@ -206,7 +210,7 @@ FAULTS = {
     "out_is_not_waited_for": ("    if HEAD_DIM <= 128:\n        tma.store_wait(0)\n", ""),
     "the_sum_is_not_rescaled": ("acc = acc * _column(alpha, out_layout)", "acc = acc * 1.0"),
     "the_next_tile_is_told_too_late": (
-        "        next_smem.store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))\n", ""
+        "next_smem.index(slot).store(gl.full([1], t_next, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))", "pass"
     ),
     "nobody_takes_turns": ("        mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))\n", "        pass\n"),
     "nothing_is_masked": ("    if MASKED:\n        offs_n", "    if False:\n        offs_n"),
@@ -225,7 +229,7 @@ def test_faults_are_found(old: str, new: str, monkeypatch, tmp_path, launches):
     monkeypatch.setattr(kernels, "hopper_forward_kernel", EmulatedKernel(faulty, "hopper_forward_kernel"))
     monkeypatch.setattr("tests.support.gluon.HANG_SECONDS", 1.0)
     monkeypatch.setattr("tests.support.accuracy.DRAWS", 1)
-    case = small_case(lens_q=(700, 65), dtype=torch.float16, head_dim=64, value_dim=64, heads_kv=1)
+    case = small_case(lens_q=(700, 65, 30, 20, 10), dtype=torch.float16, head_dim=64, value_dim=64, heads_kv=1)
     with pytest.raises(AssertionError) as caught:
         check_case(fa_ops.attention, case, has_backward=False)
     assert launches
