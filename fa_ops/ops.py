@@ -40,6 +40,7 @@ from fa_ops_meta import checks, flops, outputs
 from fa_ops_meta.paging import key_extent
 from fa_ops_meta.schema import bind
 from fa_ops_meta.skip import VISIT_ORDER, VISIT_ORDERS
+from fa_ops_meta.window import UNLIMITED, window_bounds
 
 if HAS_TRITON:
     from fa_ops.kernels.backward import attention_backward_dkv_kernel, attention_backward_dq_kernel
@@ -50,8 +51,6 @@ if HAS_TRITON:
     from fa_ops.kernels.tiles import tile_list_kernel
 
 logger = logging.getLogger(__name__)
-
-UNLIMITED = 2**30  # keys, of a window
 
 
 def _varlen_attention(
@@ -88,7 +87,7 @@ def _varlen_attention(
         b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
     )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    right = 0 if is_causal else window_right
+    window_left, right = window_bounds(is_causal, window_left, window_right)
     threshold = _expand_threshold(skip_softmax_threshold, b_seq_len.shape[0], q.shape[-2])
     skip_blocks = None if threshold is None else (skip_softmax_block_q, skip_softmax_block_k)
     if q.device.type == "cpu" and not IS_INTERPRETED:
@@ -231,7 +230,7 @@ def _varlen_attention_backward(
         b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, sinks
     )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    right = 0 if is_causal else window_right
+    window_left, right = window_bounds(is_causal, window_left, window_right)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     skip_blocks = None if skip_softmax_threshold is None else (skip_softmax_block_q, skip_softmax_block_k)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_ops_meta.skip import DECODE_SEGMENT, VISIT_ORDER, VISIT_ORDERS
+from fa_ops_meta.window import window_bounds
 
 
 def visible(
@@ -38,15 +39,13 @@ def visible(
     Aligned bottom-right: query i stands at key i + (len_k - len_q), and sees the keys from `window_size[0]` before to
     `window_size[1]` after it, -1 for all; causal is 0 after it. `key_mask` is the sequence's own, (len_k,) bool.
     """
-    left, right = window_size
+    left, right = window_bounds(is_causal, *window_size)
     distance = torch.arange(len_k, device=device) - torch.arange(len_k - len_q, len_k, device=device)[:, None]
     mask = torch.ones(len_q, len_k, dtype=torch.bool, device=device)
     if left >= 0:
         mask &= distance >= -left
     if right >= 0:
         mask &= distance <= right
-    if is_causal:
-        mask &= distance <= 0
     return mask if key_mask is None else mask & key_mask
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fa_ops.counting import count_kept
 from fa_ops.cpu_skip import block_margins as margins_of_blocks
 from fa_ops_meta.skip import VISIT_ORDER
+from fa_ops_meta.window import window_bounds
 
 
 class BlockCounts(NamedTuple):
@@ -72,7 +73,7 @@ def count_dropped(
     if b_start_loc_k is None or b_seq_len_k is None:
         b_start_loc_k, b_seq_len_k = b_start_loc, b_seq_len
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    left, right = window_size[0], 0 if is_causal else window_size[1]
+    left, right = window_bounds(is_causal, *window_size)
     sequence, rows_behind = _tiles(q, b_start_loc, b_seq_len, block[0])
     kept = torch.zeros(q.shape[-2], len(sequence), len(trials) + 1, dtype=torch.int32, device=q.device)
     count_kept(

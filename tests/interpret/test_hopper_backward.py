@@ -1,5 +1,6 @@
 """The backward for sm_90 in Python, as the forward in test_hopper.py."""
 
+import dataclasses
 import importlib.util
 import logging
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_sinks(changes: dict, launches):
 def test_window_right(launches):
     check_case(fa_ops.attention, small_case(lens_q=(150, 70), is_causal=False, window_size=(-1, 40), **HALF))
     assert launches
+
+
+@pytest.mark.parametrize("right", [2**30, 2**31 - 1, 2**63 - 1])
+def test_a_window_wider_than_any_sequence(right: int, launches):
+    """On sm_90 and in the portable kernels: 32 bits hold what is added to it."""
+    case = small_case(lens_q=(70, 7), lens_k=(90, 3), is_causal=False, heads_kv=1, **HALF)
+    expected = evaluate(fa_ops.attention, case.build())
+    wide = dataclasses.replace(case, window_size=(-1, right)).build()
+    for sinks in ({}, {"softcap": 1e4}):
+        found = evaluate(fa_ops.attention, wide, **sinks)
+        for name, t in expected.items():
+            torch.testing.assert_close(found[name], t, rtol=0, atol=0.02)
+    assert len(launches) == 2
 
 
 def test_the_log_says_which_kernels_run(caplog, launches, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fa_ops
-from fa_ops.reference import attention_reference
+from fa_ops.reference import attention_reference, visible
 from tests.support.accuracy import check_case, evaluate
 from tests.support.cases import Inputs
 from tests.support.memory import Canaries
@@ -176,11 +176,14 @@ class TestFeatures:
         assert_same_bits(results(inputs), results(unbounded), "for a window ahead of a causal row")
 
     @each_layout
-    def test_a_window_wider_than_the_sequences_changes_nothing(self, case):
+    @pytest.mark.parametrize("window_size", [(100, 2**40), (2**31 - 1, 2**63 - 1), (2**63 - 1, 2**31 - 1)])
+    def test_a_window_wider_than_the_sequences_changes_nothing(self, case, window_size):
         expected = results(dataclasses.replace(case, is_causal=False).build())
-        wide = results(dataclasses.replace(case, is_causal=False, window_size=(100, 2**40)).build())
-        for name, t in expected.items():
-            torch.testing.assert_close(wide[name], t)
+        wide = dataclasses.replace(case, is_causal=False, window_size=window_size).build()
+        for name, t in results(wide).items():
+            torch.testing.assert_close(t, expected[name])
+        mask = visible(5, 9, False, None, torch.device("cpu"), window_size)
+        assert mask.all()
 
     def test_rows_without_a_key_have_their_sink_for_lse(self):
         inputs = small_case(lens_q=(9, 4), lens_k=(4, 6), has_sinks=True, placement="gaps").build()
