@@ -9,6 +9,8 @@ GPU_WORKERS ?= 8
 
 VENV := .venv
 OLDEST := .venv-oldest
+OLDEST_TRITON := 3.6.0
+BESIDE := $(VENV)/triton-$(OLDEST_TRITON)
 TORCH := $(shell grep '^torch==' constraints.txt)
 SET_UP := constraints.txt pyproject.toml setup.cfg
 SUITES := tests/unit tests/compile tests/aot tests/models tests/sparsity
@@ -31,12 +33,13 @@ demo: $(VENV)/.installed  ## train a small language model through the op, compar
 		--export_dir examples/output/sparse-model
 
 test: SELECTED := not slow and not gpu
-test: $(VENV)/.installed  ## the tests that need no GPU, within ten minutes on two cores
+test: $(BESIDE)/.installed  ## the tests that need no GPU, within ten minutes on two cores
 test-all: SELECTED := not gpu
-test-all: $(VENV)/.installed  ## all tests that need no GPU
+test-all: $(BESIDE)/.installed  ## all tests that need no GPU
 test test-all:
 	@$(FRESH_CACHES) && \
 	$(call PARALLEL_PYTEST,$(VENV)) $(SUITES) -m "$(SELECTED)" && \
+	PYTHONPATH="$(CURDIR)/$(BESIDE)" $(call PARALLEL_PYTEST,$(VENV)) tests/aot/test_hopper*.py -m "$(SELECTED)" && \
 	TRITON_INTERPRET=1 $(call PARALLEL_PYTEST,$(VENV)) tests/interpret -m "$(SELECTED)"
 
 test-oldest: $(OLDEST)/.installed  ## kernels under the oldest Triton: compiled ahead of time, and interpreted
@@ -76,10 +79,16 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
+# The oldest Triton beside the pinned one, for what compiles the kernels of sm_90 with both.
+$(BESIDE)/.installed: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --no-deps --upgrade --target $(BESIDE) triton==$(OLDEST_TRITON)
+	PYTHONPATH=$(BESIDE) $(VENV)/bin/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)"'
+	touch $@
+
 # torch asks for one exact Triton, so pip is not asked. Triton 3.6's interpreter needs numpy < 2.4.
 $(OLDEST)/.installed: $(SET_UP)
 	$(call NEW_VENV,$(OLDEST))
-	$(OLDEST)/bin/python -m pip install --no-deps triton==3.6.0
+	$(OLDEST)/bin/python -m pip install --no-deps triton==$(OLDEST_TRITON)
 	$(OLDEST)/bin/python -m pip install -c <(grep -v '^numpy==' constraints.txt) \
 		'numpy<2.4' expecttest pytest pytest-timeout pytest-xdist setuptools
 	$(OLDEST)/bin/python -m pip install --no-deps --no-build-isolation -e .
