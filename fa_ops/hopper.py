@@ -7,7 +7,7 @@ own.
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
 
 from fa_ops.kernels import tier
-from fa_ops.launching import Launch, mask_strides, multi_processors, remember
+from fa_ops.launching import Launch, grid, mask_strides, multi_processors, remember
 from fa_ops_meta import outputs
 
 TRITON_VERSIONS = ("3.6", "3.7")  # those whose Gluon compiles it
@@ -143,13 +143,13 @@ def ragged_descriptor(t: Tensor, block_rows: int) -> Any:
     R (2^34 - s) + (first + length) s + (R - length + row) s = (first + row) s, as 2^30 2^34 elements are 0 modulo 2^64
     bytes.
     """
-    return ragged(t, t.stride(), block_rows)(t)
+    return ragged(t, block_rows)(t)
 
 
-def ragged(t: Tensor, strides: Sequence[int], block_rows: int) -> Callable[[Tensor], Any]:
-    """`ragged_descriptor` of tensors of t's shape and dtype, and of these strides."""
+def ragged(t: Tensor, block_rows: int, is_contiguous: bool = False) -> Callable[[Tensor], Any]:
+    """`ragged_descriptor` of tensors like t; of t's shape and dtype alone, where they are contiguous."""
     *_, heads, dim = t.shape
-    *_, stride_t, stride_h, _ = strides
+    *_, stride_t, stride_h, _ = (heads * dim, dim, 1) if is_contiguous else t.stride()
     block = (1, 1, 1, block_rows, dim)
     return functools.partial(
         descriptor_class(),
@@ -231,8 +231,8 @@ def _plan(
     return (
         listing, Launch(hopper_forward_kernel, (programs,), constants),
         (
-            ragged(q, q.stride(), ROWS.value), ragged(k, k.stride(), tile.block_n),
-            ragged(v, v.stride(), tile.block_n), ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
+            ragged(q, ROWS.value), ragged(k, tile.block_n), ragged(v, tile.block_n),
+            ragged(q, ROWS.value, is_contiguous=True),
         ),
         (listing.bound, rows_q, heads, group_size, group_size * heads_at_once(k, b_seq_len, k.shape[-2])),
         (window_left, window_right),
@@ -248,8 +248,8 @@ def heads_at_once(t: Tensor, b_seq_len: Tensor, heads: int) -> int:
 
 
 class TileList(NamedTuple):
-    """What shapes tell of the launch of `tile_list_kernel`: it, the numbers among its arguments, how many tiles there
-    can be, the shape of their records."""
+    """What shapes tell of the launch of a kernel that lists tiles, `tile_list_kernel` or `backward_tiles_kernel`: it,
+    the numbers among its arguments, how many tiles there can be, the shape of their records."""
 
     launch: Launch
     numbers: tuple[int, ...]
@@ -269,40 +269,49 @@ def plan_tile_list(
     block_n: int,
     skip_block_q: int = 0,
 ) -> TileList:
-    from fa_ops.kernels.primitives import CLEAR_ROWS
     from fa_ops.kernels.tiles import RECORD, tile_list_kernel
 
-    is_packed, num_seqs, rows_q = q.dim() == 3, b_seq_len.shape[0], q.shape[-3]
-    tiles = (rows_q + block_m - 1) // block_m
-    bound = tiles + num_seqs if is_packed else tiles * num_seqs
-    pieces = -(-rows_q // CLEAR_ROWS.value) if is_packed else 0
+    num_seqs = b_seq_len.shape[0]
     numbers = (
-        window_left, window_right, num_seqs, rows_q, k.shape[-3], *(batch_rows(t) for t in (q, k, v)), q.shape[-2],
+        window_left, window_right, num_seqs, q.shape[-3], k.shape[-3], *(batch_rows(t) for t in (q, k, v)), q.shape[-2],
         *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
         "HEAD_DIM": q.shape[-1], "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed,
-        "HAS_KEY_MASK": key_mask is not None, "SKIP_BLOCK_Q": skip_block_q, "num_warps": TILE_LIST_WARPS,
+        "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0, "IS_PACKED": q.dim() == 3,
+        "HAS_KEY_MASK": key_mask is not None, "SKIP_BLOCK_Q": skip_block_q,
     }  # fmt: skip
-    return TileList(Launch(tile_list_kernel, (bound + pieces,), constants), numbers, bound, (bound + 1, RECORD.value))
+    return tile_list(tile_list_kernel, numbers, constants, q, num_seqs, block_m, RECORD.value)
+
+
+def tile_list(
+    kernel: Any, numbers: tuple[int, ...], constants: dict[str, Any], own: Tensor, num_seqs: int, tile: int, record: int
+) -> TileList:
+    """A kernel that lists the tiles of `tile` rows of `own`, and clears what no tile with blocks has."""
+    from fa_ops.kernels.primitives import CLEAR_ROWS
+
+    rows, is_packed = own.shape[-3], own.dim() == 3
+    bound, _ = grid(num_seqs, rows, tile, 1, is_packed)
+    pieces = -(-rows // CLEAR_ROWS.value) if is_packed else 0
+    launch = Launch(kernel, (bound + pieces,), constants | {"num_warps": TILE_LIST_WARPS})
+    return TileList(launch, numbers, bound, (bound + 1, record))
 
 
 def list_tiles(
     plan: TileList,
-    out: Tensor,
-    lse: Tensor,
+    cleared: Tensor,
+    cleared_too: Tensor,
     b_start_loc: Tensor,
     b_seq_len: Tensor,
     b_start_loc_k: Tensor,
     b_seq_len_k: Tensor,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """The tiles of a batch, as `tile_list_kernel` describes them. Writes 0 and -inf to the rows of out and lse that no
-    tile with blocks has."""
+    """The tiles of a batch, as the plan's kernel describes them. It clears the rows of the two that no tile with blocks
+    has: of out to 0 and of lse to -inf, of dq (given twice), or of dk and dv, to 0."""
     records = b_seq_len.new_empty(plan.shape, dtype=torch.int32)
     plan.launch(
-        records, out, lse, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
+        records, cleared, cleared_too, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k,
         b_seq_len if key_mask is None else key_mask, *plan.numbers,
     )  # fmt: skip
     return records

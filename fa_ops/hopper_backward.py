@@ -100,10 +100,10 @@ def launch(
         terms = q.new_empty(plan.terms_shape, dtype=torch.float32)
         plan.terms(out, lse, dout, lse if dlse is None else dlse, terms, delta, *index, *plan.terms_numbers)
         sides = q, dout, k, v
-        tiles = list_tiles(plan.query_tiles, dq, dq, index, key_mask)
+        tiles = hopper.list_tiles(plan.query_tiles, dq, dq, *index, key_mask)
         described = map(operator.call, plan.dq_descriptors, (*sides, dq))
         plan.dq(*described, terms, plan.terms_shape[1], tiles, *plan.dq_counts, softmax_scale, window_right)
-        tiles = list_tiles(plan.key_tiles, dk, dv, index, key_mask)
+        tiles = hopper.list_tiles(plan.key_tiles, dk, dv, *index, key_mask)
         described = map(operator.call, plan.dkv_descriptors, (*sides, terms, dk, dv))
         plan.dkv(*described, tiles, *plan.dkv_counts, softmax_scale, window_right)
     return dq, dk, dv, delta
@@ -173,8 +173,8 @@ def _plan(
             _constants(dq_tile, head_dim, window_right) | {"BLOCK_N": dq_tile.block_n},
         ),
         (
-            *(_ragged(t, ROWS.value) for t in (q, dout)), *(_ragged(t, dq_tile.block_n) for t in (k, v)),
-            hopper.ragged(q, (heads * head_dim, head_dim, 1), ROWS.value),
+            *(hopper.ragged(t, ROWS.value) for t in (q, dout)), *(hopper.ragged(t, dq_tile.block_n) for t in (k, v)),
+            hopper.ragged(q, ROWS.value, is_contiguous=True),
         ),
         (query_tiles.bound, heads, group_size, group_size * hopper.heads_at_once(k, b_seq_len_k, heads_kv)),
         key_tiles,
@@ -183,16 +183,12 @@ def _plan(
             _constants(dkv_tile, head_dim, window_right) | {"BLOCK_M": block},
         ),
         (
-            *(_ragged(t, block) for t in (q, dout)), *(_ragged(t, ROWS.value) for t in (k, v)),
+            *(hopper.ragged(t, block) for t in (q, dout)), *(hopper.ragged(t, ROWS.value) for t in (k, v)),
             terms_descriptor(terms_shape, block),
-            *(hopper.ragged(k, (heads_kv * head_dim, head_dim, 1), ROWS.value),) * 2,
+            *(hopper.ragged(k, ROWS.value, is_contiguous=True),) * 2,
         ),
         (key_tiles.bound, heads_kv, group_size, hopper.heads_at_once(q, b_seq_len, heads_kv)),
     )  # fmt: skip
-
-
-def _ragged(t: Tensor, block_rows: int) -> Callable[[Tensor], Any]:
-    return hopper.ragged(t, t.stride(), block_rows)
 
 
 def plan_tile_list(
@@ -209,38 +205,17 @@ def plan_tile_list(
     of_keys: bool,
 ) -> hopper.TileList:
     from fa_ops.kernels.backward_tiles import RECORD, backward_tiles_kernel
-    from fa_ops.kernels.primitives import CLEAR_ROWS
 
-    own = k if of_keys else q
-    is_packed, num_seqs = q.dim() == 3, b_seq_len.shape[0]
-    rows, heads, head_dim = own.shape[-3:]
-    bound, _ = grid(num_seqs, rows, tile, 1, is_packed)
-    pieces = -(-rows // CLEAR_ROWS.value) if is_packed else 0
+    own, num_seqs = k if of_keys else q, b_seq_len.shape[0]
     numbers = (
-        window_right, num_seqs, q.shape[-3], k.shape[-3], *(hopper.batch_rows(t) for t in (q, dout, k, v)), heads,
-        *mask_strides(key_mask),
+        window_right, num_seqs, q.shape[-3], k.shape[-3], *(hopper.batch_rows(t) for t in (q, dout, k, v)),
+        own.shape[-2], *mask_strides(key_mask),
     )  # fmt: skip
     constants = {
-        "HEAD_DIM": head_dim, "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys,
-        "HAS_RIGHT": window_right >= 0, "IS_PACKED": is_packed, "HAS_KEY_MASK": key_mask is not None,
-        "num_warps": hopper.TILE_LIST_WARPS,
+        "HEAD_DIM": own.shape[-1], "TILE": tile, "BLOCK": block, "TERMS_BLOCK": terms_block, "OF_KEYS": of_keys,
+        "HAS_RIGHT": window_right >= 0, "IS_PACKED": q.dim() == 3, "HAS_KEY_MASK": key_mask is not None,
     }  # fmt: skip
-    listing = Launch(backward_tiles_kernel, (bound + pieces,), constants)
-    return hopper.TileList(listing, numbers, bound, (bound + 1, RECORD.value))
-
-
-def list_tiles(
-    plan: hopper.TileList,
-    grad: Tensor,
-    dv: Tensor,
-    index: tuple[Tensor, Tensor, Tensor, Tensor],
-    key_mask: Tensor | None,
-) -> Tensor:
-    """The tiles of a batch, as `backward_tiles_kernel` describes them. Writes 0 to the rows of grad, and of dv where
-    the tiles are of keys, that no tile with blocks has."""
-    records = index[1].new_empty(plan.shape, dtype=torch.int32)
-    plan.launch(records, grad, dv, *index, index[1] if key_mask is None else key_mask, *plan.numbers)
-    return records
+    return hopper.tile_list(backward_tiles_kernel, numbers, constants, own, num_seqs, tile, RECORD.value)
 
 
 def _constants(tile: "HopperTile", head_dim: int, window_right: int) -> dict[str, Any]:

@@ -426,14 +426,8 @@ def hopper_forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
-                ),
-                (
-                    _consume,
-                    (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
-                ),
+                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 1],
@@ -442,18 +436,9 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
-                ),
-                (
-                    _consume,
-                    (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
-                ),
-                (
-                    _consume,
-                    (shared, work, numbers, outputs, 2, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT),
-                ),
+                (_consume, (shared, work, numbers, outputs, 0, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 1, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
+                (_consume, (shared, work, numbers, outputs, 2, CONSUMERS, HEAD_DIM, BLOCK_N, STAGES, HAS_LEFT)),
                 (_produce, (shared, work, inputs, BLOCK_N, STAGES, CONSUMERS)),
             ],
             [4, 4, 1],

@@ -261,9 +261,7 @@ def test_tile_list(case: Case, of_keys: bool):
     )  # fmt: skip
     own = inputs.k if of_keys else inputs.q
     grads = [torch.full(own.shape, torch.nan, dtype=torch.float16) for _ in range(2)]
-    records = hopper_backward.list_tiles(
-        listing, *grads, (inputs.b_start_loc, inputs.b_seq_len, start_k, len_k), inputs.key_mask
-    )
+    records = hopper.list_tiles(listing, *grads, inputs.b_start_loc, inputs.b_seq_len, start_k, len_k, inputs.key_mask)
     found = []
     is_left = torch.zeros(own.shape[:-2].numel(), dtype=torch.bool)
     lens_k = case.lens_k or case.lens_q
