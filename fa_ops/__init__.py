@@ -28,4 +28,12 @@ def register_triton_attention() -> bool:
     return huggingface.register_triton_attention()
 
 
-__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen", "varlen_attn"]
+def vouch_for(model_class: type) -> None:
+    """Lets a model class have `attn_implementation="modelopt_triton"` that a look at its code would refuse; see
+    `fa_ops.integrations.huggingface_guard.vouch_for`."""
+    from fa_ops.integrations import huggingface_guard
+
+    huggingface_guard.vouch_for(model_class)
+
+
+__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen", "varlen_attn", "vouch_for"]

@@ -57,21 +57,20 @@ def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def document_starts(position_ids: Tensor) -> Tensor:
-    """(B, S) bool, or (1, S): True where positions do not go on from their left neighbour's, which begins a document.
+    """(B, S) bool, or (1, S): True where positions restart, which begins a document.
+
+    A position restarts where it is smaller than its left neighbour, or where both are 0. A gap begins nothing: tokens
+    may have been left out.
 
     Args:
         position_ids: (S,) or (B, S), any integer dtype. Or (C, B, S), positions of text, images and videos along C axes
-            (time first): there a document begins where time goes back, or stays at 0 on all axes.
+            (time first): there time goes back, or all axes stay at 0.
     """
     if position_ids.dim() not in (1, 2, 3):
         raise ValueError(f"position_ids: shape {tuple(position_ids.shape)} given; expected (S,), (B, S) or (C, B, S)")
-    if position_ids.dim() == 3:
-        is_zero = (position_ids == 0).all(0)
-        time = position_ids[0]
-        is_start = (time[:, 1:] < time[:, :-1]) | (is_zero[:, 1:] & is_zero[:, :-1])
-    else:
-        position_ids = torch.atleast_2d(position_ids)
-        is_start = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    time = position_ids[0] if position_ids.dim() == 3 else torch.atleast_2d(position_ids)
+    is_zero = (position_ids == 0).all(0) if position_ids.dim() == 3 else time == 0
+    is_start = (time[:, 1:] < time[:, :-1]) | (is_zero[:, 1:] & is_zero[:, :-1])
     return torch.nn.functional.pad(is_start, (1, 0), value=True)
 
 

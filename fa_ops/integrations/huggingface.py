@@ -14,16 +14,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa_ops.attention import attention
-from fa_ops.integrations.huggingface_mask import (
+from fa_ops.integrations.huggingface_guard import guard_models
+from fa_ops.integrations.huggingface_mask import triton_attention_mask
+from fa_ops.integrations.huggingface_pattern import (
     ATTENTION_NAME,
     CENTRED,
     NO_WINDOW,
-    NUM_PATTERNS,
+    KeyStates,
     MaskPattern,
     describe,
-    triton_attention_mask,
+    has_waiting,
+    pattern_of,
+    read_mask,
+    take_back,
 )
 from fa_ops.integrations.huggingface_sequences import Ranges, packed_ranges, padded_ranges
 
@@ -35,7 +41,7 @@ UNSUPPORTED_ARGUMENTS = {
     "position_bias": "a bias that is added to the scores",
     "indices": "sparse attention with an indexer, config.index_topk",
     "block_indices": "sparse attention with an indexer, config.index_topk_blocks",
-    "seq_idx": "packed sequences, from the data collator",
+    "seq_idx": "packed sequences without cu_seq_lens_q and cu_seq_lens_k, and without position_ids",
     "cache": "the paged cache of continuous batching",
     "output_attentions": 'config.output_attentions; attn_implementation="eager" returns attention weights',
 }
@@ -45,24 +51,23 @@ SUPPORTED_ARGUMENTS = frozenset(
     {"cu_seq_lens_k", "cu_seq_lens_q", "position_ids", "s_aux", "sinks", "sliding_window", "softcap"}
 )
 
-# What else travels with a model's keyword arguments, and has no effect on attention.
+# What else travels with a model's keyword arguments, by kind. None of it has an effect on attention.
 ARGUMENTS_WITHOUT_EFFECT = frozenset(
     {
-        "cache_position",
-        "deterministic",
-        "logits_to_keep",
-        "max_length_k",
-        "max_length_q",
-        "mm_token_type_ids",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "past_key_values",
-        "return_dict",
-        "token_type_ids",
-        "use_cache",
+        # of the loss
+        "label_smoothing", "labels", "num_items_in_batch", "return_loss", "shift_labels",
+        # of what the model returns, and in which form
+        "logits_to_keep", "output_hidden_states", "output_router_logits", "return_dict", "return_shared_kv_states",
+        # of the cache: it has been brought up to date before attention is called
+        "cache_position", "past_key_values", "use_cache",
+        # of other implementations of attention: bounds and switches that never change a result
+        "deterministic", "max_length_k", "max_length_q",
+        # of tokens: masks that depend on them come from the mask function
+        "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids",
+        # of images, videos and sounds: they have become embeddings before attention is called
+        "image_sizes", "interpolate_pos_encoding", "vision_feature_layer", "vision_feature_select_strategy",
     }
-)
+)  # fmt: skip
 
 DROPOUT_FIELDS = ("attention_dropout", "attention_probs_dropout_prob", "attn_dropout", "attn_pdrop", "dropout")
 
@@ -83,6 +88,7 @@ def register_triton_attention() -> bool:
     _register(AttentionInterface, triton_attention_forward)
     # A name that AttentionMaskInterface does not know gets no mask at all, padding or not.
     _register(AttentionMaskInterface, triton_attention_mask)
+    guard_models()
     return True
 
 
@@ -112,10 +118,12 @@ def triton_attention_forward(
     """Attention as Transformers' models call it, through `fa_ops.attention`; nothing is copied, the host never waits.
 
     query (B, Hq, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv), attention_mask None or what `triton_attention_mask`
-    returns, scaling 1/√D by default. `is_causal` defaults to the module's own.
+    returns, scaling 1/√D by default. A mask says whether attention is causal. Without one it is what `is_causal` says,
+    else the module's own `is_causal`.
 
-    Sequences that are packed into rows are kept apart: those of `cu_seq_lens_q` and `cu_seq_lens_k`, or, where
-    attention is causal and no mask hides a key, those whose `position_ids` do not go on from their left neighbour's.
+    Sequences that are packed into rows are kept apart: those of `cu_seq_lens_q` and `cu_seq_lens_k`; those that
+    Transformers finds, which it tells by the mask; and, where attention is causal and no mask hides a key, those whose
+    `position_ids` restart.
 
     Returns the output (B, Q, Hq, Dv) and None for the attention weights. The output is 0 for queries that see no key,
     such as left padding, and with `module.training` for right padding too, which then costs nothing: leave padding out
@@ -124,9 +132,9 @@ def triton_attention_forward(
     Raises NotImplementedError or ValueError, naming module, argument and configuration field, for what is not
     supported, and TypeError for arguments that it does not know.
     """
-    _check_arguments(module, attention_mask, query, key, dropout, kwargs)
-    pattern = None if attention_mask is None else MaskPattern.of(attention_mask)
-    is_causal = _is_causal(module, is_causal, pattern, query)
+    _check_arguments(module, dropout, kwargs)
+    pattern, states = _read_mask(module, attention_mask, query, key)
+    is_causal = _is_causal(module, is_causal, query) if pattern is None else pattern.is_causal
     window_size = _window_size(module, pattern, is_causal, kwargs.get("sliding_window"), key)
     sinks = kwargs.get("s_aux")
     options: dict[str, Any] = {
@@ -137,14 +145,39 @@ def triton_attention_forward(
         "sinks": kwargs.get("sinks") if sinks is None else sinks,
     }
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    ranges = packed_ranges(query, key, attention_mask, is_causal, module.training, **_packing(module, kwargs))
+    is_packed = pattern is not None and pattern.is_packed
+    ranges = packed_ranges(query, key, states, is_packed, is_causal, module.training, **_packing(module, kwargs))
     is_decoding = query.shape[1] == 1
     if ranges is None:
-        ranges = padded_ranges(query, key, attention_mask, is_causal, window_size, module.training)
+        ranges = padded_ranges(query, key, states, is_causal, window_size, module.training)
         return _attend(module, query, key, value, ranges, options, is_decoding), None
     rows = query.shape[:2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     return _attend(module, query, key, value, ranges, options, is_decoding).unflatten(0, rows), None
+
+
+def _read_mask(
+    module: nn.Module, attention_mask: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[MaskPattern | None, KeyStates]:
+    batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
+    if not torch.compiler.is_compiling() and has_waiting():
+        if not take_back(_config(module), attention_mask, batch, q_length, kv_length):
+            raise NotImplementedError(
+                f"{_owner(module)}: attention_mask: None given, while the mask that was made for {batch} rows of "
+                f"{q_length} queries and {kv_length} keys hides some of them; {ATTENTION_NAME} accepts models that "
+                "hand their masks on"
+            )
+    if attention_mask is None:
+        return None, KeyStates(None)
+    pattern = pattern_of(attention_mask, batch, kv_length)
+    if pattern is None:
+        raise NotImplementedError(
+            f"{_owner(module)}: attention_mask {describe(attention_mask)} given for {batch} rows of {q_length} queries "
+            f"and {kv_length} keys; {ATTENTION_NAME} accepts masks of its own mask function alone, as that makes them "
+            "from an attention_mask (B, K); a mask of four dimensions that you made, or that the model changed, is "
+            "not supported"
+        )
+    return pattern, read_mask(attention_mask, pattern, q_length, kv_length)
 
 
 def _attend(
@@ -167,20 +200,15 @@ def _attend(
     return sparse_attention(query, key, value, visible_keys, is_decoding, arguments)
 
 
-def _is_causal(module: nn.Module, given: bool | None, pattern: MaskPattern | None, query: Tensor) -> bool:
+def _is_causal(module: nn.Module, given: bool | None, query: Tensor) -> bool:
+    """Without a mask."""
     is_causal = getattr(module, "is_causal", None) if given is None else given
-    if is_causal is None:
+    if is_causal is None and query.shape[2] != 1:
         raise ValueError(
-            f"{_owner(module)}: is_causal was not given and the module has none; {ATTENTION_NAME} accepts True or "
-            "False and never guesses it from the lengths"
+            f"{_owner(module)}: no attention_mask, is_causal was not given and the module has none; {ATTENTION_NAME} "
+            "accepts True or False and never guesses it from the lengths"
         )
-    if pattern is None or pattern.is_causal == is_causal:
-        return is_causal
-    if query.shape[2] != 1:
-        raise ValueError(
-            f"{_owner(module)}: is_causal={is_causal} given, with an attention_mask made for {pattern.is_causal}"
-        )
-    return pattern.is_causal  # to a single query, which sees all that is visible, it makes no difference
+    return bool(is_causal)
 
 
 def _window_size(
@@ -188,7 +216,7 @@ def _window_size(
 ) -> tuple[int, int]:
     """The window that the mask function found, of the configuration's size; the call may not say otherwise."""
     if pattern is None or pattern.window == NO_WINDOW:
-        if given is not None and key.shape[2] > given:
+        if given is not None and not statically_known_true(key.shape[2] <= given):
             raise ValueError(
                 f"{_owner(module)}: sliding_window={given} given for {key.shape[2]} keys, with an attention_mask that "
                 f"has no window; {ATTENTION_NAME} takes windows from its mask function"
@@ -213,14 +241,7 @@ def _packing(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor | No
     return given
 
 
-def _check_arguments(
-    module: nn.Module,
-    attention_mask: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> None:
+def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout > 0 and module.training:
         field = next((name for name in DROPOUT_FIELDS if getattr(_config(module), name, None) == dropout), None)
         raise NotImplementedError(
@@ -230,6 +251,8 @@ def _check_arguments(
     for name, given in kwargs.items():
         if name in SUPPORTED_ARGUMENTS or name in ARGUMENTS_WITHOUT_EFFECT or given is None or given is False:
             continue
+        if name == "seq_idx" and any(kwargs.get(other) is not None for other in ("cu_seq_lens_q", "position_ids")):
+            continue  # it says once more what these say
         if name in UNSUPPORTED_ARGUMENTS:
             raise NotImplementedError(
                 f"{_owner(module)}: {name} ({UNSUPPORTED_ARGUMENTS[name]}) is not supported by {ATTENTION_NAME}"
@@ -237,27 +260,6 @@ def _check_arguments(
         raise TypeError(
             f"{_owner(module)}: {ATTENTION_NAME} does not know the argument {name}, and whether it can be left out"
         )
-    if attention_mask is None:
-        return
-    batch, kv_length = key.shape[0], key.shape[2]
-    if not _is_ours(attention_mask, query.shape[2], batch, kv_length):
-        raise NotImplementedError(
-            f"{_owner(module)}: attention_mask {describe(attention_mask)} given; {ATTENTION_NAME} accepts bool "
-            f"({batch}, pattern, 1, {kv_length}), which its mask function makes from an attention_mask (B, K)"
-        )
-
-
-def _is_ours(attention_mask: Tensor, q_length: int, batch: int, kv_length: int) -> bool:
-    """Whether it has the shape of a mask of `triton_attention_mask`."""
-    if attention_mask.dtype != torch.bool or attention_mask.ndim != 4:
-        return False
-    # compared one by one: while tracing, `in` does not compare symbolic sizes
-    rows, pattern, channels, keys = attention_mask.shape
-    return (
-        1 <= pattern <= NUM_PATTERNS
-        and (channels == 1 or (channels == 2 and q_length != 1))
-        and ((rows == batch and keys == kv_length) or (rows == 1 and keys == 1))
-    )
 
 
 def _config(module: nn.Module) -> Any:

@@ -1,13 +1,9 @@
-"""The mask function of `attn_implementation="modelopt_triton"`: what a model wants of its mask, as a key mask.
+"""The mask function of `attn_implementation="modelopt_triton"`: what a model wants of its mask, as a few key masks.
 
 Transformers describes a mask as a function of row, head, query and key, made of intersections and unions of closures
-of its own. Materialised it is (B, 1, Q, K). Here its closures are read, those that the op knows become arguments of
-the op, padding becomes (B, pattern, 1, K), and all others are refused by name.
-
-A mask is a tensor to whoever carries it from here to the attention function: models keep one for each type of layer,
-`generate` makes it before the model is called, and copies it, and hooks move it between devices. What survives all of
-that, at the cost of a few bytes and without being read back from a device, is its shape. So the size of the dimension
-for the heads, which this mask has no other use for, is the number of the pattern.
+of its own. Materialised it is (B, 1, Q, K). Here its closures are read. Those that the op knows become the mask's
+pattern, padding becomes a state of each key, and all others are refused by name. `huggingface_pattern` says how the
+tensor holds both.
 
 Shapes are B rows, Q query positions, K key positions.
 """
@@ -19,58 +15,40 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-ATTENTION_NAME = "modelopt_triton"
+from fa_ops.integrations.huggingface_guard import check_config
+from fa_ops.integrations.huggingface_pattern import (
+    ATTENTION_NAME,
+    CENTRED,
+    NO_WINDOW,
+    SLIDING,
+    KeyStates,
+    MaskPattern,
+    describe,
+    hand_out,
+    make_mask,
+)
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
+MASKING_FILES = ("transformers/masking_utils.py", "transformers\\masking_utils.py")
 INTERSECTION, UNION = "and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"
 
-# Kinds of windows. Of W = config.sliding_window, a sliding one shows keys less than W before a query if causal, and up
-# to W before and behind it if not; a centred one shows W keys around it.
-NO_WINDOW, SLIDING, CENTRED = range(3)
+
+def triton_attention_mask(*, config: Any = None, **arguments: Any) -> Tensor | None:
+    """A mask that `huggingface_pattern.read_mask` reads; None where every query sees every key and the model itself
+    allows None for that.
+
+    Transformers calls it through AttentionMaskInterface, with the arguments of `_make_mask`. Raises NotImplementedError,
+    by name, unless the models of `config` will call our attention function, and as `_make_mask` does.
+    """
+    if config is not None:
+        check_config(config)
+    mask = _make_mask(config=config, **arguments)
+    return mask if mask is None or torch.compiler.is_compiling() else hand_out(mask, config)
 
 
-class MaskPattern(NamedTuple):
-    """What a mask tells beside padding. `is_packed`: it is True not for the keys to see, but where documents begin."""
-
-    is_causal: bool
-    window: int = NO_WINDOW
-    is_packed: bool = False
-
-    @property
-    def number(self) -> int:
-        return 1 + self.window + 3 * self.is_causal + 6 * self.is_packed
-
-    @classmethod
-    def of(cls, attention_mask: Tensor) -> "MaskPattern":
-        # compared, not computed: while tracing, the size may be symbolic, and what follows from it must not be
-        for number, pattern in PATTERNS.items():
-            if attention_mask.shape[1] == number:
-                return pattern
-        raise ValueError(f"attention_mask: size {attention_mask.shape[1]} of dimension 1 is no pattern's number")
-
-    def window_size(self, sliding_window: int) -> tuple[int, int]:
-        """Keys that a query sees before and behind its own position."""
-        if self.window == NO_WINDOW:
-            return -1, -1
-        if self.window == CENTRED:
-            return (sliding_window - 1) // 2, sliding_window // 2
-        return (sliding_window - 1, 0) if self.is_causal else (sliding_window, sliding_window)
-
-
-PATTERNS = {
-    pattern.number: pattern
-    for pattern in (
-        MaskPattern(is_causal, window, is_packed)
-        for is_packed in (False, True)
-        for is_causal in (False, True)
-        for window in range(3)
-    )
-}
-NUM_PATTERNS = len(PATTERNS)
-
-
-def triton_attention_mask(
+def _make_mask(
     *,
     batch_size: int,
     q_length: int,
@@ -85,17 +63,14 @@ def triton_attention_mask(
     config: Any = None,
     **hints_for_other_backends: Any,
 ) -> Tensor | None:
-    """The keys that padding and a static cache leave visible, bool (B, pattern, 1, K); None where all are and nothing
-    but causality is to be told.
+    """What `triton_attention_mask` returns.
 
-    Transformers calls it through AttentionMaskInterface. `q_offset` (a 0-d tensor with a static cache) and `kv_offset`
+    `q_offset` (a 0-d tensor with a static cache) and `kv_offset`
     are the positions of the first query and of the first key; `attention_mask` is (B, number of positions so far).
 
-    - pattern is the number of a `MaskPattern`. A window is counted only if some key may lie outside.
-    - A pattern alone, with no key hidden, is (1, pattern, 1, 1).
-    - Queries stand at the end of the keys, unless several queries stand before the room that a static cache has for
-      keys to come: then the mask is (B, pattern, 2, K), and [:, :, 1] is True up to the last query's key.
-    - Of packed sequences it is (B, pattern, 1, K), and True where a document begins.
+    A window is counted only if some key may lie outside. Queries stand at the end of the keys, unless a static cache has
+    room behind them for keys to come; these keys are not written yet. A causal mask is never None, since not all models
+    take None for causal attention.
 
     Raises NotImplementedError, naming what `mask_function` asks for that the op does not know, and ValueError for a
     window that is not the configuration's.
@@ -114,33 +89,32 @@ def triton_attention_mask(
             wanted = wanted._replace(document_starts=None)
     else:
         wanted = _walk(mask_function)
-    window = wanted.window if kv_length > wanted.sliding_window else NO_WINDOW
+    # a length that is not known yet may be a longer one when the graph runs
+    window = NO_WINDOW if statically_known_true(kv_length <= wanted.sliding_window) else wanted.window
     if window != NO_WINDOW:
         _check_window(wanted.sliding_window, config)
-    pattern = MaskPattern(wanted.is_causal, window, wanted.document_starts is not None)
+    last_key = q_offset - kv_offset + q_length - 1
+    to_mask: Any = {"q_length": q_length, "kv_length": kv_length, "last_key": last_key, "device": device}
 
     masks = [_at_keys(mask, kv_length, kv_offset) for mask in (attention_mask, *wanted.padding) if mask is not None]
     if wanted.document_starts is not None:
         if masks:
             raise _unsupported_leaf("packed_sequence_mask_function", "with padding")
-        return _with_number(wanted.document_starts[:, None], pattern)
-    last_key = q_offset - kv_offset + q_length - 1
+        pattern = MaskPattern(wanted.is_causal, window, is_packed=True)
+        return make_mask(pattern, KeyStates(wanted.document_starts), **to_mask)
     has_room = q_length != kv_length and (isinstance(last_key, Tensor) or last_key != kv_length - 1)
-    if has_room and window != NO_WINDOW and not pattern.is_causal:
+    if has_room and window != NO_WINDOW and not wanted.is_causal:
         raise _unsupported_leaf("sliding_window_bidirectional_overlay", "over a static cache")
-    if has_room and pattern.is_causal:
+    written = None
+    if has_room and wanted.is_causal:
         written = (torch.arange(kv_length, device=device) <= last_key).expand(batch_size, kv_length)
         masks.append(written)
-        if q_length != 1:
-            return _with_number(torch.stack((reduce(torch.logical_and, masks), written), dim=1), pattern)
+    pattern = MaskPattern(wanted.is_causal, window, hides_keys=bool(masks))
     if masks:
-        return _with_number(reduce(torch.logical_and, masks)[:, None], pattern)
-    return None if window == NO_WINDOW else _with_number(torch.ones(1, 1, 1, dtype=torch.bool, device=device), pattern)
-
-
-def _with_number(mask: Tensor, pattern: MaskPattern) -> Tensor:
-    """(B, channels, K) to (B, pattern, channels, K), without a copy."""
-    return mask[:, None].expand(-1, pattern.number, -1, -1)
+        return make_mask(pattern, KeyStates(reduce(torch.logical_and, masks), written), **to_mask)
+    if not pattern.is_aligned and hints_for_other_backends.get("allow_is_bidirectional_skip", False):
+        return None
+    return make_mask(pattern, KeyStates(None), **to_mask)
 
 
 def _at_keys(mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
@@ -195,7 +169,7 @@ def _walk(mask_function: MaskFunction) -> Wanted:
                 wanted = _with_window(wanted, SLIDING, captured["sliding_window"])
             case "sliding_window_bidirectional_overlay.<locals>.inner_mask":
                 wanted = _with_window(wanted, SLIDING, captured["sliding_window"])
-            case "sliding_window_mask_function.<locals>.inner_mask" if not captured["is_causal"]:  # of T5Gemma-2
+            case "T5Gemma-2: sliding_window_mask_function.<locals>.inner_mask" if not captured["is_causal"]:
                 wanted = _with_window(wanted, CENTRED, captured["sliding_window"])
             case "packed_sequence_mask_function.<locals>.inner_mask":
                 document = captured["packed_sequence_mask"]
@@ -230,9 +204,17 @@ def _leaves(mask_function: MaskFunction) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _leaf_name(mask_function: MaskFunction) -> str:
-    # dynamo of torch 2.11 knows no __qualname__.
+    """The name of one of Transformers' own functions; of all others with the file that they are from, so that nobody is
+    taken for somebody else of the same name."""
+    # dynamo of torch 2.11 knows no __qualname__ and no __module__
     code = getattr(mask_function, "__code__", None)
-    return repr(mask_function) if code is None else code.co_qualname
+    if code is None:
+        return repr(mask_function)
+    if code.co_filename.endswith(MASKING_FILES):
+        return code.co_qualname
+    if code.co_filename.endswith("modeling_t5gemma2.py"):
+        return f"T5Gemma-2: {code.co_qualname}"
+    return f"{code.co_qualname} of {code.co_filename}"
 
 
 def _unsupported_leaf(name: str, values: str) -> NotImplementedError:

@@ -4,16 +4,13 @@ Nothing here changes a class or a register of Transformers beyond `register_trit
 """
 
 from collections.abc import Iterable, Iterator
-from inspect import isfunction, unwrap
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fa_ops.integrations.huggingface import register_triton_attention
-from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
-
-LIBRARY_MODULES = (nn.Module.__module__, "transformers.modeling_utils")
-
+from fa_ops.integrations.huggingface_guard import calls_interface
+from fa_ops.integrations.huggingface_pattern import ATTENTION_NAME
 
 class PreviousImplementation(NamedTuple):
     """The attention implementation that a configuration named before."""
@@ -27,15 +24,8 @@ class PreviousImplementation(NamedTuple):
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """By name, the modules whose own code calls Transformers' attention interface, in the order of the model."""
-    classes = {module_class for module_class in map(type, model.modules()) if _calls_interface(module_class)}
+    classes = {module_class for module_class in map(type, model.modules()) if calls_interface(module_class)}
     return {name: module for name, module in model.named_modules() if type(module) in classes}
-
-
-def _calls_interface(module_class: type) -> bool:
-    # PreTrainedModel names the interface too, to check implementations
-    own = (base for base in module_class.__mro__ if base.__module__ not in LIBRARY_MODULES)
-    functions = (unwrap(f) for base in own for f in vars(base).values() if isfunction(f))
-    return any({"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(f.__code__.co_names) for f in functions)
 
 
 def num_query_heads(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fa_ops import varlen
-from fa_ops.integrations.huggingface_mask import ATTENTION_NAME, MaskPattern
+from fa_ops.integrations.huggingface_pattern import ATTENTION_NAME, KeyStates
 
 # Of documents that position_ids tell apart, at least so many are provided for, and one for each so many positions.
 MIN_DOCUMENTS, MEAN_LENGTH = 64, 32
@@ -30,16 +30,17 @@ class Ranges(NamedTuple):
 def padded_ranges(
     query: Tensor,
     key: Tensor,
-    attention_mask: Tensor | None,
+    states: KeyStates,
     is_causal: bool,
     window_size: tuple[int, int],
     is_training: bool,
 ) -> Ranges:
-    """One sequence for each row, from a mask of `triton_attention_mask`."""
+    """One sequence for each row, from what a mask says of the keys."""
     batch, q_length, kv_length = query.shape[0], query.shape[1], key.shape[1]
-    key_mask = _key_mask(attention_mask, kv_length)
-    if attention_mask is not None and key_mask is not None and is_causal:
-        return _causal_ranges(attention_mask, key_mask, q_length, kv_length, is_training)
+    key_mask = states.visible
+    if key_mask is not None and is_causal:
+        has_window = window_size != (-1, -1)
+        return _causal_ranges(key_mask, states.written, q_length, kv_length, has_window, is_training)
     start = torch.zeros(batch, dtype=torch.int32, device=query.device)
     length = torch.full_like(start, q_length)
     if key_mask is not None and window_size == (-1, -1):
@@ -52,32 +53,25 @@ def padded_ranges(
 
 
 def _causal_ranges(
-    attention_mask: Tensor, key_mask: Tensor, q_length: int, kv_length: int, is_training: bool
+    key_mask: Tensor, written: Tensor | None, q_length: int, kv_length: int, has_window: bool, is_training: bool
 ) -> Ranges:
     start_k, length_k = varlen.from_mask(key_mask)
     if q_length == kv_length and is_training:
         return Ranges(start_k, length_k, key_mask=key_mask)
-    if q_length != 1:
+    if q_length != 1 or has_window:
         # The op aligns the ends of both ranges, so the keys' has to end at the last query, even if that is padding. A
-        # single query sees all that is visible, so its keys need not go further.
-        has_room = attention_mask.shape[2] == 2
-        end_k = attention_mask[:, 0, 1, :].sum(-1, dtype=torch.int32) if has_room else kv_length
+        # single query without a window sees all that is visible, so its keys need not go further.
+        end_k = kv_length if written is None else written.sum(-1, dtype=torch.int32)
         length_k = end_k - start_k
     start = (q_length - length_k).clamp(min=0)
     return Ranges(start, q_length - start, start_k, length_k, key_mask)
 
 
-def _key_mask(attention_mask: Tensor | None, kv_length: int) -> Tensor | None:
-    """(B, K), or None where the mask tells of a pattern alone."""
-    if attention_mask is None or attention_mask.shape[-1] != kv_length:
-        return None
-    return attention_mask[:, 0, 0, :]
-
-
 def packed_ranges(
     query: Tensor,
     key: Tensor,
-    attention_mask: Tensor | None,
+    states: KeyStates,
+    is_packed: bool,
     is_causal: bool,
     is_training: bool,
     cu_seq_lens_q: Tensor | None,
@@ -86,10 +80,8 @@ def packed_ranges(
 ) -> Ranges | None:
     """Sequences in (B * Q, Hq, D) and (B * K, Hkv, D), or None for a batch that is not packed."""
     batch, q_length, kv_length = query.shape[0], query.shape[1], key.shape[1]
-    marked = None
-    if attention_mask is not None and MaskPattern.of(attention_mask).is_packed:
-        marked = attention_mask[:, 0, 0, :]
-    is_padded = marked is None and _key_mask(attention_mask, kv_length) is not None
+    marked = states.visible if is_packed else None
+    is_padded = marked is None and states.visible is not None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if is_padded:
             raise NotImplementedError(

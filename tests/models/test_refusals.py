@@ -26,9 +26,19 @@ from transformers import (
 )
 
 from fa_ops.integrations.huggingface import UNSUPPORTED_ARGUMENTS, triton_attention_forward
-from fa_ops.integrations.huggingface_mask import SLIDING, MaskPattern, triton_attention_mask
+from fa_ops.integrations.huggingface_mask import triton_attention_mask
 from tests.models import support
 from tests.models.tiny import ATTENTION_NAME, DEVICE, SIZES, batch_of, cache_of, tiny_model
+
+
+def causal_mask(window=None, padding=None):
+    """For a `call` of Llama's, or of Mistral's with its window."""
+    causal, sliding = masking_utils.causal_mask_function, masking_utils.sliding_window_causal_mask_function
+    return triton_attention_mask(
+        batch_size=2, q_length=5, kv_length=5, mask_function=causal if window is None else sliding(window),
+        config=None if window is None else tiny_model("mistral", sliding_window=window).config,
+        attention_mask=padding, device=DEVICE,
+    )  # fmt: skip
 
 
 def call(attention_mask=None, module=None, **kwargs):
@@ -49,26 +59,6 @@ def test_unknown_argument():
         call(softcapping=3.0)
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        torch.zeros(2, 1, 5, 5),
-        torch.zeros(2, 1, 1, 5),
-        torch.ones(2, 1, 5, 5, dtype=torch.bool),
-        torch.ones(2, 13, 1, 5, dtype=torch.bool),
-        torch.ones(2, 1, 1, 4, dtype=torch.bool),
-        torch.ones(1, 1, 1, 5, dtype=torch.bool),
-        torch.ones(2, 5, dtype=torch.bool),
-    ],
-    ids=lambda mask: f"{str(mask.dtype)[6:]}-{tuple(mask.shape)}",
-)
-def test_masks_of_another_form(mask):
-    with pytest.raises(
-        NotImplementedError, match=r"LlamaAttention of llama: attention_mask .* bool \(2, pattern, 1, 5\)"
-    ):
-        call(mask.to(DEVICE))
-
-
 def test_masks_of_another_form_given_to_a_model():
     model, batch = tiny_model("llama"), batch_of("none")
     with pytest.raises(NotImplementedError, match=r"attention_mask float32 \(3, 1, 11, 11\) given"):
@@ -84,9 +74,10 @@ def test_masks_of_another_form_given_to_a_model():
 
 
 def test_is_causal_is_never_guessed():
-    with pytest.raises(ValueError, match="Module of an unknown model: is_causal was not given"):
+    with pytest.raises(ValueError, match="Module of an unknown model: no attention_mask, is_causal was not"):
         call(module=torch.nn.Module())
     call(module=torch.nn.Module(), is_causal=True)
+    call(causal_mask(), module=torch.nn.Module())
 
 
 def test_dropout_in_training():
@@ -158,7 +149,9 @@ def gemma3_with_images(_):
 
 REFUSED = {
     **dict.fromkeys(POSITION_BIASES, (with_position_biases, r"Attention of \w+: position_bias")),
-    "Doge": (doge, r"DogeAttention of doge: attention_mask float32 \(3, 4, 11, 11\) given"),
+    "LongT5": (with_position_biases, "LongT5Stack: LongT5LocalAttention, .* computes attention itself"),
+    "Switch Transformers": (with_position_biases, "SwitchTransformersStack: it declares support for neither sdpa"),
+    "Doge": (doge, "DogeModel: it makes a mask in floating point of its own"),
     "Llama-4": (llama4, r"mask_function: chunked_overlay.* \(chunk_size=8\)"),
     "Gemma-3 with images": (gemma3_with_images, r"mask_function: causal_mask_function \| blockwise_overlay"),
 }
@@ -167,8 +160,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", [name for names in support.REFUSED.values() for name in names])
 def test_refused_models(name):
     of_name, message = REFUSED[name]
-    model, inputs = of_name(name)
     with pytest.raises(NotImplementedError, match=message):
+        model, inputs = of_name(name)
         model.to(DEVICE).eval()(**inputs)
 
 
@@ -179,19 +172,17 @@ def test_gemma3_without_images():
 
 @pytest.mark.parametrize("is_masked", [False, True], ids=["no mask", "mask"])
 def test_a_window_that_the_mask_does_not_have(is_masked):
-    number = MaskPattern(is_causal=True).number
-    mask = torch.ones(2, number, 1, 5, dtype=torch.bool, device=DEVICE) if is_masked else None
+    mask = causal_mask() if is_masked else None
     call(mask, sliding_window=5)
     with pytest.raises(ValueError, match="LlamaAttention of llama: sliding_window=4 given for 5 keys, with an"):
         call(mask, sliding_window=4)
 
 
 def test_a_window_of_another_size_than_the_masks():
-    module = tiny_model("mistral").model.layers[0].self_attn
-    mask = torch.ones(1, MaskPattern(True, SLIDING).number, 1, 1, dtype=torch.bool, device=DEVICE)
-    call(mask, module, sliding_window=8)
-    with pytest.raises(ValueError, match=r"sliding_window=4 given, config.sliding_window is 8; .* accepts \[8\]"):
-        call(mask, module, sliding_window=4)
+    module = tiny_model("mistral", sliding_window=3).model.layers[0].self_attn
+    call(causal_mask(3), module, sliding_window=3)
+    with pytest.raises(ValueError, match=r"sliding_window=4 given, config.sliding_window is 3; .* accepts \[3\]"):
+        call(causal_mask(3), module, sliding_window=4)
 
 
 def test_a_window_of_another_size_than_the_configurations():
@@ -205,10 +196,15 @@ def test_a_window_of_another_size_than_the_configurations():
         )
 
 
-def test_a_mask_of_another_direction():
-    mask = torch.ones(2, MaskPattern(is_causal=True).number, 1, 5, dtype=torch.bool, device=DEVICE)
-    with pytest.raises(ValueError, match="is_causal=False given, with an attention_mask made for True"):
-        call(mask, is_causal=False)
+def test_the_mask_decides_the_direction():
+    """As in eager attention, which adds it whatever the module says of itself."""
+    assert torch.equal(_seeded(causal_mask(), is_causal=False), _seeded(causal_mask(), is_causal=True))
+    assert not torch.equal(_seeded(None, is_causal=False), _seeded(None, is_causal=True))
+
+
+def _seeded(mask, **kwargs):
+    torch.manual_seed(0)
+    return call(mask, **kwargs)[0]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +259,7 @@ def test_half_of_the_cumulative_lengths():
 
 
 def test_cumulative_lengths_with_padding():
-    mask = torch.ones(2, MaskPattern(is_causal=True).number, 1, 5, dtype=torch.bool, device=DEVICE)
+    mask = causal_mask(padding=torch.tensor([[0, 1, 1, 1, 1], [1] * 5], device=DEVICE))
     lengths = torch.tensor([0, 10], device=DEVICE)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q, cu_seq_lens_k: given with an attention_mask"):
         call(mask, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
