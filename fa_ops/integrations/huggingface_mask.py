@@ -79,8 +79,11 @@ def _make_mask(
         raise NotImplementedError(
             f"attention_mask: {describe(attention_mask)} given; {ATTENTION_NAME} accepts (B, number of positions)"
         )
-    queries = torch.arange(q_length, device=device) + q_offset
-    if _is_tracing(mask_function, queries):
+    from transformers.utils.import_utils import is_tracing
+
+    is_plain = _leaf_name(mask_function) in PLAIN  # without captured variables, which dynamo hides
+    queries = None if is_plain else torch.arange(q_length, device=device) + q_offset
+    if queries is not None and is_tracing(queries):
         # Transformers' functions for bidirectional masks, and they alone, give this hint.
         is_bidirectional = "allow_is_bidirectional_skip" in hints_for_other_backends
         is_packable = attention_mask is None and q_length == kv_length and not is_bidirectional
@@ -143,13 +146,6 @@ class Wanted(NamedTuple):
     sliding_window: int = 0
     padding: tuple[Tensor, ...] = ()
     document_starts: Tensor | None = None  # (B, S) bool
-
-
-def _is_tracing(mask_function: MaskFunction, queries: Tensor) -> bool:
-    """dynamo hides a closure's contents."""
-    from transformers.utils.import_utils import is_tracing
-
-    return is_tracing(queries) and _leaf_name(mask_function) not in PLAIN
 
 
 PLAIN = ("causal_mask_function", "bidirectional_mask_function")

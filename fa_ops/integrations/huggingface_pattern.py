@@ -7,8 +7,8 @@ must be taken for it. So it is int64 (B or 1, pattern, rows, K or 1), and every 
 - the number of the pattern, which is also the size of dimension 1, where it can be read without a device;
 - the number of queries and the distance of the key from the last query, so that a cut, a join or a change of order
   shows;
-- the row, and whether it is the last: of Q queries the mask has min(Q, 8) rows, of which the last stands for the last
-  query, so that this one may be cut out, and any other cut shows;
+- the row, counted from the last: of Q queries the mask has min(Q, 8) rows, of which the last stands for the last query,
+  so that this one may be cut out, and any other cut shows;
 - the state of the key: not written yet, hidden, or visible (in a packed batch: the first of its document).
 
 The mask function also leaves what it knows on the tensor object. The attention function takes it from there, at no cost,
@@ -35,10 +35,11 @@ UNWRITTEN, HIDDEN, VISIBLE = range(3)
 
 MOST_ROWS = 8
 
-# Fields of an element, as shifts; those of COUNT_BITS hold their values modulo 2 ** COUNT_BITS.
-COUNT_BITS = 24
-IS_LAST_ROW, ROW, NUMBER, QUERIES, DISTANCE = 2, 3, 6, 11, 11 + COUNT_BITS
-COUNT_MASK = (1 << COUNT_BITS) - 1
+# Fields of an element, as shifts: the state has two bits; the number of queries is taken modulo 2 ** 24; the distance
+# from the last query, above all others, is negative behind it, so MIDDLE is added.
+ROW, NUMBER, QUERIES, DISTANCE = 2, 5, 10, 34
+STATE_MASK, ROW_MASK, NUMBER_MASK, QUERIES_MASK = 3, 7, 31, (1 << 24) - 1
+MIDDLE = 1 << 27
 
 ATTRIBUTE = "_fa_ops_mask"  # of the tensor object: a `Known`
 
@@ -142,33 +143,27 @@ def make_mask(
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # torch does not count writes into tensors that are made in it
             return make_mask(pattern, states, q_length, kv_length, last_key, device)
-    row = torch.arange(_rows(q_length), device=device)
-    row = (row << ROW) + ((row == _rows(q_length) - 1).long() << IS_LAST_ROW)
-    head = (pattern.number << NUMBER) | ((q_length & COUNT_MASK) << QUERIES)
+    head = (pattern.number << NUMBER) + ((q_length & QUERIES_MASK) << QUERIES)
     if pattern.has_keys:
-        distance = last_key - torch.arange(kv_length, device=device)
-        state = _as_state(states)[:, None, None]
+        assert states.visible is not None
+        key = torch.arange(MIDDLE << DISTANCE, (MIDDLE - kv_length) << DISTANCE, -1 << DISTANCE, device=device)
+        code = states.visible[:, None, None] + (key + (head + (last_key << DISTANCE)))
+        code = code + (HIDDEN if states.written is None else states.written[:, None, None])
     else:
-        distance = torch.full((1,), kv_length, dtype=torch.int64, device=device)
-        state = torch.full((1, 1, 1, 1), VISIBLE, dtype=torch.int64, device=device)
-    codes = head + ((distance & COUNT_MASK) << DISTANCE) + row[:, None]
+        head += VISIBLE + ((MIDDLE + kv_length) << DISTANCE)
+        code = torch.full((1, 1, 1, 1), head, dtype=torch.int64, device=device)
+    if q_length != 1:
+        code = code + torch.arange((_rows(q_length) - 1) << ROW, -1, -1 << ROW, device=device)[:, None]
     # `generate` makes masks for static caches contiguous, and a copy would not be known. Compiled code takes the states
     # for arguments, whose strides decide whether it is compiled again.
-    mask = (state + codes).expand(-1, pattern.number, -1, -1).contiguous()
+    mask = code.expand(-1, pattern.number, -1, -1).contiguous()
     states = KeyStates(*(None if state is None else state.contiguous() for state in states))
     _remember(mask, pattern, states, q_length, kv_length)
     return mask
 
 
 def _rows(q_length: int) -> int:
-    return 1 if q_length == 1 else torch.sym_min(q_length, MOST_ROWS)
-
-
-def _as_state(states: KeyStates) -> Tensor:
-    """(B, K) int64."""
-    assert states.visible is not None
-    state = states.visible.long() + HIDDEN
-    return state if states.written is None else state * states.written
+    return torch.sym_min(q_length, MOST_ROWS)
 
 
 def _remember(mask: Tensor, pattern: MaskPattern, states: KeyStates, q_length: int, kv_length: int) -> None:
@@ -255,23 +250,22 @@ def _is_as_made(mask: Tensor, number: int, q_length: int, kv_length: int) -> Ten
     """(): whether all elements belong to a mask of this pattern for these queries and keys."""
     pattern, rows = PATTERNS[number - 1], mask.shape[2]
     last = mask[:, :, -1]
-    is_ours = (last >> NUMBER) & ((1 << (QUERIES - NUMBER)) - 1) == number
-    is_ours &= ((last >> IS_LAST_ROW) & 1 == 1) & (last & 3 <= VISIBLE) & (last >= 0)
+    state, row = last & STATE_MASK, (last >> ROW) & ROW_MASK
+    is_ours = ((last >> NUMBER) & NUMBER_MASK == number) & (state <= VISIBLE) & (row == 0) & (last >= 0)
     is_ours &= last == last[:, :1]
     if not pattern.is_aligned:
         return is_ours.all()
-    row = (torch.arange(rows, device=mask.device) << ROW)[:, None]
-    is_ours &= (mask[:, :, :-1] == (last - (1 << IS_LAST_ROW) - ((rows - 1) << ROW))[:, :, None] + row[:-1]).all(2)
+    is_ours &= (mask == last[:, :, None] + torch.arange(rows - 1, -1, -1, device=mask.device)[:, None] * (1 << ROW)).all(2)
     if rows != 1 or q_length != 1:
-        is_ours &= (last >> QUERIES) & COUNT_MASK == q_length & COUNT_MASK
-        is_ours &= (last >> ROW) & (MOST_ROWS - 1) == _rows(q_length) - 1
-    distance = (last >> DISTANCE) & COUNT_MASK
+        is_ours &= (last >> QUERIES) & QUERIES_MASK == q_length & QUERIES_MASK
+        is_ours &= torch.full_like(is_ours, rows == min(q_length, MOST_ROWS))
+    distance = (last >> DISTANCE) - MIDDLE
     if not pattern.has_keys:
-        return (is_ours & (distance == kv_length & COUNT_MASK)).all()
-    follows = (distance[..., :-1] - distance[..., 1:]) & COUNT_MASK == 1
+        return (is_ours & (distance == kv_length)).all()
+    follows = distance[..., :-1] - distance[..., 1:] == 1
     if q_length != 1 or pattern.window != NO_WINDOW:
         # no key is missing between the last one and the last query
-        is_ours &= (last[..., -1:] & 3 == UNWRITTEN) | (distance[..., -1:] == 0)
+        is_ours &= distance[..., -1:] <= 0
     return is_ours.all() & follows.all()
 
 
@@ -284,7 +278,7 @@ def _read_mask(mask: Tensor, number: int, q_length: int, kv_length: int) -> tupl
         torch._assert_async(is_as_made, message)
     elif not is_as_made:
         raise NotImplementedError(message)
-    state = mask[:, 0, -1] & 3
+    state = mask[:, 0, -1] & STATE_MASK
     return state == VISIBLE, state != UNWRITTEN
 
 
