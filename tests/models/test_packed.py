@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLTextConfig
+from transformers import DataCollatorWithFlattening, Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 from fa_ops import varlen
@@ -122,3 +122,36 @@ def test_the_checks_see_documents_that_read_each_other():
     eager, exact = (results(twin, documents)[0] for twin in twins(model))
     with pytest.raises(AccuracyError):
         check_accuracy("logits", results(model, documents, arguments)[0], exact, eager)
+
+
+def test_the_collator_that_flattens_with_seq_idx():
+    """seq_idx says once more what cu_seq_lens_q and position_ids say."""
+    model = tiny_model("llama")
+    rows = [{"input_ids": document.tolist()} for document in documents_of()[0]]
+    collate = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True)
+    batch = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in collate(rows).items()}
+    assert {"seq_idx", "cu_seq_lens_q", "position_ids", "labels"} <= batch.keys()
+    expected = torch.cat([model(document[None]).logits[0] for document in documents_of()[0]])
+    torch.testing.assert_close(model(**batch).logits[0], expected)
+    without = {name: batch[name] for name in ("input_ids", "position_ids", "seq_idx", "labels")}
+    torch.testing.assert_close(model(**without).logits[0], expected)
+    with pytest.raises(NotImplementedError, match="seq_idx .* without cu_seq_lens_q .* and without position_ids"):
+        triton_attention_forward(
+            model.model.layers[0].self_attn, *(torch.randn(1, 4, 5, 16, device=DEVICE),) * 3, None,
+            seq_idx=torch.zeros(1, 5, device=DEVICE),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "positions", [[50, 51, 52, 53, 54], [0, 1, 2, 100, 101], [0, 2, 4, 6, 8], [3, 3, 4, 4, 5]], ids=str
+)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_gaps_begin_a_document_where_transformers_says_so(positions, use_cache):
+    """Without a cache it does, and with one it does not."""
+    model = tiny_model("llama")
+    eager, exact = twins(model)
+    ids = documents_of()[0][0][None, :5]
+    options = {"position_ids": torch.tensor([positions], device=DEVICE), "use_cache": use_cache}
+    with torch.no_grad():
+        results = [m(ids, **options).logits for m in (model, exact, eager)]
+    check_accuracy("logits", *results)
