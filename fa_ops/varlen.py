@@ -70,8 +70,9 @@ def document_starts(position_ids: Tensor) -> Tensor:
         raise ValueError(f"position_ids: shape {tuple(position_ids.shape)} given; expected (S,), (B, S) or (C, B, S)")
     time = position_ids[0] if position_ids.dim() == 3 else torch.atleast_2d(position_ids)
     is_zero = (position_ids == 0).all(0) if position_ids.dim() == 3 else time == 0
-    is_start = (time[:, 1:] < time[:, :-1]) | (is_zero[:, 1:] & is_zero[:, :-1])
-    return torch.nn.functional.pad(is_start, (1, 0), value=True)
+    # rolled, not sliced: a slice of S - 1 positions would be compiled anew for S = 2
+    is_first = torch.arange(time.shape[1], device=time.device) == 0
+    return is_first | (time < time.roll(1, 1)) | (is_zero & is_zero.roll(1, 1))
 
 
 def from_document_starts(is_start: Tensor, max_documents: int | None = None) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,10 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def num_query_heads(module: nn.Module) -> int:
-    """Query heads of an attention module; ValueError where it does not tell."""
+    """Query heads of an attention module in all processes together: under tensor parallelism each has a part of them.
+
+    Raises ValueError where the module does not tell.
+    """
     for owner in (module, getattr(module, "config", None)):
         for name in ("num_heads", "num_attention_heads"):
             if isinstance(heads := getattr(owner, name, None), int):
@@ -71,7 +74,7 @@ def _owners(model: nn.Module, modules: Iterable[str]) -> list[Any]:
     """The innermost PreTrainedModel around each module."""
     from transformers import PreTrainedModel
 
-    models = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    models = {own_name(name): module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     owners: dict[str, None] = {}
     for name in modules:
         around = [prefix for prefix in models if prefix == "" or name.startswith(f"{prefix}.")]
