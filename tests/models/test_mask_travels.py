@@ -53,11 +53,12 @@ class Call:
         self.q = torch.randn(BATCH, HEADS, q_length, DIM, generator=generator)
         self.k, self.v = (torch.randn(BATCH, HEADS, kv_length, DIM, generator=generator) for _ in "kv")
 
-    def check(self) -> str:
-        """ "right" or "refused"; an AssertionError where the result is wrong."""
+    def check(self, device: str = "cpu") -> str:
+        """ "right" or "refused"; an AssertionError where the result is wrong. On a GPU a refusal of a copy is a failed
+        assertion of the device, which ends the CUDA context of a process: there ask for what is right alone."""
         module = torch.nn.Module()
         module.config = self.config
-        tensors = (t.to(DEVICE) for t in (self.q, self.k, self.v, self.ours))
+        tensors = (t.to(device) for t in (self.q, self.k, self.v, self.ours))
         try:
             out, _ = triton_attention_forward(module, *tensors, scaling=0.5)
         except NotImplementedError:
@@ -116,23 +117,23 @@ def _saved(mask):
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
 def test_as_made(kind, size, padding):
     call = Call(kind, size, padding)
-    assert call.check() == "right"
+    assert call.check(DEVICE) == "right"
 
 
-@pytest.mark.parametrize("change", COPIES)
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_copied(kind, size, padding, change):
-    call = Call(kind, size, padding)
-    call.ours = COPIES[change](call.ours)
-    assert call.check() == "right"
+def test_copied(kind, size, padding):
+    for change in COPIES.values():
+        call = Call(kind, size, padding)
+        call.ours = change(call.ours)
+        assert call.check(DEVICE) == "right"
 
 
-@pytest.mark.parametrize("change", ROWS)
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_other_rows(kind, size, padding, change):
-    call = Call(kind, size, padding)
-    rows(call, ROWS[change])
-    assert call.check() == "right"
+def test_other_rows(kind, size, padding):
+    for change in ROWS.values():
+        call = Call(kind, size, padding)
+        rows(call, change)
+        assert call.check(DEVICE) == "right"
 
 
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
@@ -140,53 +141,49 @@ def test_the_last_query(kind, size, padding):
     call = Call(kind, size, padding)
     for name in ("ours", "whole", "q"):
         setattr(call, name, getattr(call, name)[:, :, -1:])
-    assert call.check() == "right"
+    assert call.check(DEVICE) == "right"
 
 
-QUERIES = (slice(0, 1), slice(0, 2), slice(-2, None), slice(1, 2), slice(0, 100))
-
-
-@pytest.mark.parametrize("queries", QUERIES, ids=str)
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_other_queries(kind, size, padding, queries):
-    call = Call(kind, size, padding)
-    before = call.whole.shape
-    for name in ("ours", "whole", "q"):
-        setattr(call, name, getattr(call, name)[:, :, queries])
-    if call.q.shape[2] and call.ours.shape[2]:
-        result = call.check()
-        assert result == "right" or call.whole.shape != before
+def test_other_queries(kind, size, padding):
+    for queries in (slice(0, 1), slice(0, 2), slice(-2, None), slice(1, 2), slice(2, 3), slice(0, 100)):
+        call = Call(kind, size, padding)
+        before = call.whole.shape
+        for name in ("ours", "whole", "q"):
+            setattr(call, name, getattr(call, name)[:, :, queries])
+        if call.q.shape[2] and call.ours.shape[2]:
+            assert call.check() == "right" or call.whole.shape != before
 
 
-@pytest.mark.parametrize("keys", [slice(1, None), slice(0, -1), slice(2, 5), slice(0, 100)], ids=str)
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_other_keys(kind, size, padding, keys):
-    call = Call(kind, size, padding)
-    before = call.whole.shape
-    for name in ("ours", "whole"):
-        setattr(call, name, getattr(call, name)[..., keys])
-    call.k, call.v = call.k[:, :, keys], call.v[:, :, keys]
-    if call.ours.shape[-1] and call.whole.any():
-        assert call.check() == "right" or call.whole.shape != before
+def test_other_keys(kind, size, padding):
+    for keys in (slice(1, None), slice(0, -1), slice(2, 5), slice(0, 100)):
+        call = Call(kind, size, padding)
+        before = call.whole.shape
+        for name in ("ours", "whole"):
+            setattr(call, name, getattr(call, name)[..., keys])
+        call.k, call.v = call.k[:, :, keys], call.v[:, :, keys]
+        if call.ours.shape[-1] and call.whole.any():
+            assert call.check() == "right" or call.whole.shape != before
 
 
-@pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_joined_along_the_keys(kind, size, padding, times):
-    call = Call(kind, size, padding)
-    call.ours, call.whole = torch.cat([call.ours] * times, -1), torch.cat([call.whole] * times, -1)
-    call.k, call.v = torch.cat([call.k] * times, 2), torch.cat([call.v] * times, 2)
-    call.check()
+def test_joined_along_the_keys(kind, size, padding):
+    for times in (2, 3):
+        call = Call(kind, size, padding)
+        call.ours, call.whole = torch.cat([call.ours] * times, -1), torch.cat([call.whole] * times, -1)
+        call.k, call.v = torch.cat([call.k] * times, 2), torch.cat([call.v] * times, 2)
+        assert call.check() == "refused" or kind == "bidirectional"
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, *range(4, len(PATTERNS) + 1)])
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
-def test_another_number_of_heads(kind, size, padding, heads):
+def test_another_number_of_heads(kind, size, padding):
     """Sliced, or expanded, so that the number of the pattern is another one."""
-    call = Call(kind, size, padding)
-    number = call.ours.shape[1]
-    call.ours = call.ours[:, :1].expand(-1, heads, -1, -1)
-    assert call.check() == ("right" if heads == number else "refused")
+    for heads in range(1, len(PATTERNS) + 2):
+        call = Call(kind, size, padding)
+        number = call.ours.shape[1]
+        call.ours = call.ours[:, :1].expand(-1, heads, -1, -1)
+        assert call.check() == ("right" if heads == number else "refused")
 
 
 @pytest.mark.parametrize(("kind", "size", "padding"), CALLS)
@@ -206,12 +203,11 @@ SHAPES = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("q_length", [1, 2, 6])
-def test_masks_that_the_caller_made(dtype, shape, q_length):
+def test_masks_that_the_caller_made(dtype, q_length):
+    module = tiny_model("llama").cpu().model.layers[0].self_attn
     query, key = torch.randn(BATCH, HEADS, q_length, DIM), torch.randn(BATCH, HEADS, 6, DIM)
-    for mask in (torch.ones(shape).to(dtype), (torch.rand(shape) > 0.5).to(dtype)):
-        module = tiny_model("llama").cpu().model.layers[0].self_attn
+    for mask in (make(shape).to(dtype) for shape in SHAPES for make in (torch.ones, torch.zeros, lambda s: torch.rand(s) > 0.5)):
         with pytest.raises(NotImplementedError, match="attention_mask"):
             triton_attention_forward(module, query, key, key, mask)
 
@@ -258,7 +254,7 @@ def test_changed_in_compiled_code(kind, size, padding, backend, fresh_compiler):
 
         compiled = torch.compile(forward, fullgraph=True, backend=backend)
         mask = call.ours.clone()  # a copy: nothing but its elements says what it is
-        return compiled(*(t.to(DEVICE) for t in (call.q, call.k, call.v, mask)))
+        return compiled(*(t.to(DEVICE) for t in (call.q, call.k, call.v, mask))).cpu()
 
     expected = triton_attention_forward(module, call.q, call.k, call.v, call.ours, scaling=0.5)[0]
     torch.testing.assert_close(attend(lambda mask: mask), expected)
