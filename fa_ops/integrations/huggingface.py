@@ -62,10 +62,12 @@ ARGUMENTS_WITHOUT_EFFECT = frozenset(
         "cache_position", "past_key_values", "use_cache",
         # of other implementations of attention: bounds and switches that never change a result
         "deterministic", "max_length_k", "max_length_q",
+        # of generation
+        "max_new_tokens", "min_new_tokens",
         # of tokens: masks that depend on them come from the mask function
         "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids",
         # of images, videos and sounds: they have become embeddings before attention is called
-        "image_sizes", "interpolate_pos_encoding", "vision_feature_layer", "vision_feature_select_strategy",
+        "grid_thw", "image_grid_thw", "image_sizes", "interpolate_pos_encoding", "video_grid_thw", "vision_feature_layer", "vision_feature_select_strategy",
     }
 )  # fmt: skip
 

@@ -29,12 +29,16 @@ SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
 MASKS = {"mask", "attn_mask", "attention_mask"}
 # They name parts of all models of their file, of whatever configuration.
 NOT_LOOKED_AT = {"_init_weights"}
+CHOOSES_KEYS = "Indexer"  # so ends the name of a part that scores keys, with the mask, to attend to the best of them
 # They have a mask and a softmax, and were looked at: it is no mask of the mask function.
 HARMLESS = ("MultiscaleDeformableAttention", "MHAttentionMap", "EvollaSequenceCompressorAttention")
 # They declare no implementation but eager, and `make test-families` has found them right.
-PROVEN = ("nllb_moe",)
+PROVEN = (
+    "align", "bridgetower", "clap", "hy_v4", "inkling2", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
+)  # fmt: skip
 # They declare that they support sdpa, and work on the mask tensor themselves.
 CHANGES_MASKS = {
+    "LightGlueForKeypointMatching": "exchanges the masks of two images",
     "DogeModel": "makes a mask in floating point of its own from the one that it gets",
     "T5Gemma2Decoder": "joins the masks of self- and cross-attention",
 }
@@ -151,7 +155,7 @@ def refusal(model_class: type) -> str | None:
     if parts.makes_masks and parts.own_attention:
         return (
             f"{name}: {', '.join(sorted(parts.own_attention))} computes attention itself, without Transformers' "
-            f"attention interface, so {ATTENTION_NAME} would not run"
+            f"attention interface, from masks that {ATTENTION_NAME} alone can read"
         )
     supports = any(getattr(model_class, f"_supports_{kind}", False) for kind in ("sdpa", "flash_attn", "flex_attn"))
     if parts.makes_masks and parts.callers and not supports and not _is_proven(model_class):
@@ -180,8 +184,9 @@ def parts_of(model_class: type) -> Parts:
         uses_softmax = any(SOFTMAX & names for names in named.values())
         if any(INTERFACE <= names for names in named.values()):
             callers.add(part.__name__)
-        elif part is not model_class and uses_softmax and _takes_mask(part) and not part.__name__.endswith(HARMLESS):
-            own_attention.add(part.__name__)
+        elif part is not model_class and _takes_mask(part) and not part.__name__.endswith(HARMLESS):
+            if uses_softmax or part.__name__.endswith(CHOOSES_KEYS):
+                own_attention.add(part.__name__)
         for function, names in named.items():
             for name in names:
                 value = function.__globals__.get(name)
