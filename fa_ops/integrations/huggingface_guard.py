@@ -31,7 +31,9 @@ MASKS = {"mask", "attn_mask", "attention_mask"}
 NOT_LOOKED_AT = {"_init_weights"}
 CHOOSES_KEYS = "Indexer"  # so ends the name of a part that scores keys, with the mask, to attend to the best of them
 # They have a mask and a softmax, and were looked at: it is no mask of the mask function.
-HARMLESS = ("MultiscaleDeformableAttention", "MHAttentionMap", "EvollaSequenceCompressorAttention")
+HARMLESS = (
+    "MultiscaleDeformableAttention", "MHAttentionMap", "EvollaSequenceCompressorAttention", "MiniMaxM3VLIndexer"
+)  # fmt: skip
 # They declare no implementation but eager, and `make test-families` has found them right.
 PROVEN = (
     "align", "bridgetower", "clap", "hy_v4", "inkling2", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
