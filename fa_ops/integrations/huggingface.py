@@ -32,6 +32,7 @@ from fa_ops.integrations.huggingface_pattern import (
     take_back,
 )
 from fa_ops.integrations.huggingface_sequences import Ranges, packed_ranges, padded_ranges
+from fa_ops_meta.checks import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 # The child of an attention module that `fa_ops.sparsity` gives it, a `SparseAttentionMethod`.
 SPARSE_ATTENTION = "sparse_attention"
@@ -63,9 +64,10 @@ ARGUMENTS_WITHOUT_EFFECT = frozenset(
         # of other implementations of attention: bounds and switches that never change a result
         "deterministic", "max_length_k", "max_length_q",
         # of generation
-        "max_new_tokens", "min_new_tokens",
+        "cache_implementation", "disable_compile", "do_sample", "max_length", "max_new_tokens", "min_length",
+        "min_new_tokens", "num_beams", "output_logits", "output_scores", "return_dict_in_generate",
         # of tokens: masks that depend on them come from the mask function
-        "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids",
+        "input_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids",
         # of images, videos and sounds: they have become embeddings before attention is called
         "grid_thw", "image_grid_thw", "image_sizes", "interpolate_pos_encoding", "video_grid_thw", "vision_feature_layer", "vision_feature_select_strategy",
     }
@@ -117,7 +119,8 @@ def triton_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as Transformers' models call it, through `fa_ops.attention`; nothing is copied, the host never waits.
+    """Attention as Transformers' models call it, through `fa_ops.attention`; the host never waits, and nothing is copied
+    whose last dimension is contiguous.
 
     query (B, Hq, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv), attention_mask None or what `triton_attention_mask`
     returns, scaling 1/√D by default. A mask says whether attention is causal. Without one it is what `is_causal` says,
@@ -135,6 +138,7 @@ def triton_attention_forward(
     supported, and TypeError for arguments that it does not know.
     """
     _check_arguments(module, dropout, kwargs)
+    _check_head_dims(module, query, value)
     pattern, states = _read_mask(module, attention_mask, query, key)
     is_causal = _is_causal(module, is_causal, query) if pattern is None else pattern.is_causal
     window_size = _window_size(module, pattern, is_causal, kwargs.get("sliding_window"), key)
@@ -146,7 +150,7 @@ def triton_attention_forward(
         "softcap": kwargs.get("softcap") or 0.0,
         "sinks": kwargs.get("sinks") if sinks is None else sinks,
     }
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    query, key, value = (_as_rows(t) for t in (query, key, value))
     is_packed = pattern is not None and pattern.is_packed
     ranges = packed_ranges(query, key, states, is_packed, is_causal, module.training, **_packing(module, kwargs))
     is_decoding = query.shape[1] == 1
@@ -156,6 +160,20 @@ def triton_attention_forward(
     rows = query.shape[:2]
     query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
     return _attend(module, query, key, value, ranges, options, is_decoding).unflatten(0, rows), None
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    """(B, H, S, D) to (B, S, H, D), copied only where a model gives heads that do not lie in a row."""
+    return t.transpose(1, 2) if t.stride(-1) == 1 else t.transpose(1, 2).contiguous()
+
+
+def _check_head_dims(module: nn.Module, query: Tensor, value: Tensor) -> None:
+    for name, head_dim in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"{_owner(module)}: {name}: head dimension {head_dim} is not supported by {ATTENTION_NAME}; accepted "
+                f"are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+            )
 
 
 def _read_mask(
@@ -224,7 +242,7 @@ def _window_size(
                 f"has no window; {ATTENTION_NAME} takes windows from its mask function"
             )
         return -1, -1
-    sliding_window: int = _config(module).sliding_window
+    sliding_window = _sliding_window(module)
     accepted = [sliding_window]
     if not is_causal and pattern.window != CENTRED:
         accepted.append(sliding_window + 1)  # of ModernBERT, which counts the query itself
@@ -234,6 +252,14 @@ def _window_size(
             f"{ATTENTION_NAME} accepts {accepted} with this mask"
         )
     return pattern.window_size(sliding_window)
+
+
+def _sliding_window(module: nn.Module) -> int:
+    config = _config(module)
+    try:
+        return config.sliding_window
+    except RuntimeError:  # Transformers' answer where layers have windows of several sizes
+        return config.per_layer_config[module.layer_idx].sliding_window
 
 
 def _packing(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:

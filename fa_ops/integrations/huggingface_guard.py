@@ -25,18 +25,19 @@ INTERFACE = {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"}
 MASKING_MODULE = "transformers.masking_utils"
 MASK_PREFIX = "create_"  # of the functions there that make masks for attention
 RECURRENT_MASK = "create_recurrent_attention_mask"  # (B, K), of layers that are no attention
-SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
+SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention", "MultiheadAttention"}
 MASKS = {"mask", "attn_mask", "attention_mask"}
 # They name parts of all models of their file, of whatever configuration.
 NOT_LOOKED_AT = {"_init_weights"}
 CHOOSES_KEYS = "Indexer"  # so ends the name of a part that scores keys, with the mask, to attend to the best of them
 # They have a mask and a softmax, and were looked at: it is no mask of the mask function.
 HARMLESS = (
-    "MultiscaleDeformableAttention", "MHAttentionMap", "EvollaSequenceCompressorAttention", "MiniMaxM3VLIndexer"
+    "MultiscaleDeformableAttention", "MHAttentionMap", "EvollaSequenceCompressorAttention", "MiniMaxM3VLIndexer",
+    "Phi4MultimodalVisionMultiheadAttentionPoolingHead",
 )  # fmt: skip
 # They declare no implementation but eager, and `make test-families` has found them right.
 PROVEN = (
-    "align", "bridgetower", "clap", "hy_v4", "inkling2", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
+    "align", "clap", "inkling2", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
 )  # fmt: skip
 # They declare that they support sdpa, and work on the mask tensor themselves.
 CHANGES_MASKS = {
@@ -103,7 +104,7 @@ def _refusal_of_config(config_class: type) -> str | None:
         for model_class in models:
             if (reason := refusal(model_class)) is not None:
                 return f"{reason}; {_how_to_vouch(model_class)}"
-        if not any(parts_of(model_class).callers for model_class in models):
+        if not any(parts_of(model_class, with_models=True).callers for model_class in models):
             return (
                 f"{models[0].__name__}: none of its parts calls Transformers' attention interface, which "
                 f"{ATTENTION_NAME} needs; {_how_to_vouch(models[0])}"
@@ -173,9 +174,9 @@ def _is_proven(model_class: type) -> bool:
 
 
 @functools.cache
-def parts_of(model_class: type) -> Parts:
-    """Looks at a model class and at every class that its code names, other models left out: they are asked about when
-    they are built."""
+def parts_of(model_class: type, with_models: bool = False) -> Parts:
+    """Looks at a model class and at every class that its code names. The parts of other models are left out unless
+    `with_models`: these are asked about when they are built."""
     from transformers import PreTrainedModel
 
     callers, own_attention, tables, makes_masks = set(), set(), set(), False
@@ -193,15 +194,13 @@ def parts_of(model_class: type) -> Parts:
             for name in names:
                 value = function.__globals__.get(name)
                 makes_masks |= _is_mask_maker(value)
-                found = [value]
-                if isinstance(value, dict) and "eager" in value:
-                    if ATTENTION_NAME not in value:
-                        tables.add(name)
-                    found = list(value.values())
+                found = list(value.values()) if isinstance(value, dict) else [value]
+                if isinstance(value, dict) and "eager" in value and ATTENTION_NAME not in value:
+                    tables.add(name)
                 for cls in found:
                     if isclass(cls) and issubclass(cls, nn.Module) and cls not in seen:
                         seen.add(cls)
-                        if not issubclass(cls, PreTrainedModel):
+                        if with_models or not issubclass(cls, PreTrainedModel):
                             waiting.append(cls)
     return Parts(frozenset(callers), frozenset(own_attention), frozenset(tables), makes_masks)
 
