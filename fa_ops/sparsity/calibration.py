@@ -88,7 +88,7 @@ class CountRecorder:
         self._num_calls += 1
         if is_causal and self.num_decode_rows:
             shift = self._num_calls * GOLDEN % 1
-            parts = (torch.arange(self.num_decode_rows) + shift) / self.num_decode_rows
+            parts = (torch.arange(self.num_decode_rows, dtype=torch.float64) + shift) / self.num_decode_rows
             hidden = arguments["b_seq_len" if arguments.get("b_seq_len_k") is None else "b_seq_len_k"] - visible_keys
             for rows, its_k, its_arguments, sequence in single_rows(q, k, arguments, parts):
                 counts = method.calculate_sparsity(rows, its_k, self.trials, its_arguments)

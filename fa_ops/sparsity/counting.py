@@ -77,8 +77,8 @@ def count_dropped(
     sequence, rows_behind = _tiles(q, b_start_loc, b_seq_len, block[0])
     kept = torch.zeros(q.shape[-2], len(sequence), len(trials) + 1, dtype=torch.int32, device=q.device)
     count_kept(
-        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask, torch.tensor(trials, device=q.device),
-        scale, softcap, left, right, *block, kept, order,
+        q, k, b_start_loc, b_seq_len, b_start_loc_k, b_seq_len_k, key_mask,
+        torch.tensor(trials, dtype=torch.float32, device=q.device), scale, softcap, left, right, *block, kept, order,
     )  # fmt: skip
     *by_trial, visited = kept.long().unbind(-1)
     return BlockCounts(visited, visited - torch.stack(by_trial), sequence, rows_behind, len(b_seq_len))
@@ -137,7 +137,7 @@ def single_rows(
         yield steps(q, k, row, sequence, row - start[sequence])
         return
     for batch in range(len(q)):
-        sequence = torch.full(parts.shape, batch, device=q.device)
+        sequence = torch.full(parts.shape, batch, dtype=torch.int64, device=q.device)
         position = (length[sequence] * parts).long()
         row = (start[sequence] + position).clamp(0, max(q.shape[1] - 1, 0))
         yield steps(q[batch], k[batch], row, sequence, position)

@@ -249,7 +249,7 @@ def share_curve(means: RowMeans, trials: tuple[float, ...], unit: int | None, se
         blocks = means.at(lengths)
     else:
         count = (lengths / unit).round().long().clamp(min=1).unique()
-        lengths = count * float(unit)
+        lengths = count.double() * unit
         every = torch.arange(1, int(count[-1]) + 1, dtype=torch.float64) * unit
         blocks = means.at(every).cumsum(0)[count - 1]
     shares = blocks[:, 1:] / blocks[:, :1].clamp(min=1e-9)

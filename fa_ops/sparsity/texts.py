@@ -90,7 +90,8 @@ def _text_config(model: Any) -> Any:
 
 def _token_ids(text: str | TokenIds, tokenizer: Any, vocab_size: int) -> Tensor:
     if isinstance(text, str):
-        ids = torch.tensor(list(text.encode()) if tokenizer is None else list(tokenizer(text)["input_ids"]))
+        given = list(text.encode()) if tokenizer is None else list(tokenizer(text)["input_ids"])
+        ids = torch.tensor(given, dtype=torch.int64)
     else:
         ids = torch.as_tensor(text)
     ids = ids.to(torch.int64)
