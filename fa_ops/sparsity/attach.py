@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -72,7 +71,7 @@ def method_for(name: str, module: nn.Module, fields: Mapping[str, Any]) -> Spars
         is_causal = getattr(module, "is_causal", None)
         if config.is_causal is not None and is_causal is not None and config.is_causal != is_causal:
             raise ValueError(f"is_causal: {config.is_causal} given; the module has {is_causal}")
-        return method_class(config, num_query_heads(module), _device(module))
+        return method_class(config, num_query_heads(module))
     except ValueError as error:
         raise ValueError(f"{name} ({type(module).__name__}): {error}") from None
 
@@ -82,7 +81,9 @@ def attach(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> No
     modules = {name: model.get_submodule(name) for name in methods}
     previous = use_triton_attention(model, modules)
     state = SparseState(previous, [])
+    companions = list(methods.values())
     for name, module in modules.items():
+        methods[name].companions = companions
         setattr(module, SPARSE_ATTENTION, methods[name])
         state.guards.append(module.register_forward_pre_hook(_refuse_other_implementation))
     setattr(model, STATE, state)
@@ -144,8 +145,3 @@ def warn_disabled(methods: Mapping[str, SparseAttentionMethod]) -> None:
     disabled = [name for name, method in methods.items() if not method.is_enabled]
     if disabled:
         warnings.warn(f"sparse attention: disabled, so dense, are {', '.join(disabled)}", stacklevel=3)
-
-
-def _device(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device

@@ -41,7 +41,8 @@ class FlashSkipSoftmaxConfig:
         method: name of a registered method.
         enable: False leaves the module dense.
         thresholds: λ of "prefill" and "decode", each one number in (0, 1) or one for each query head. A phase without
-            one is dense. Calibration replaces them.
+            one is dense. Calibration replaces them. Under tensor parallelism, where a process has a part of the heads,
+            calls accept one number alone.
         br, bc: query rows and keys of a block, each 16, 32, 64 or 128. They are part of the meaning.
         backend: "triton" runs the op, "pytorch" an explicit eager implementation of the same definition.
         collect_stats: count visited and dropped blocks of every call, on the device.

@@ -31,12 +31,12 @@ def collect_stats(model: nn.Module) -> Iterator[None]:
 def reset_stats(model: nn.Module) -> None:
     """Sets all counts of a sparse model to 0."""
     for method in sparse_methods(model).values():
-        method.counts.zero_()
+        method.reset_counts()
 
 
 def block_counts(model: nn.Module) -> dict[str, Tensor]:
     """By module, the blocks counted so far: (2, 2, Hq) int64 on the CPU: prefill and decode, visited and dropped."""
-    return {name: method.counts.cpu() for name, method in sparse_methods(model).items()}
+    return {name: method.block_counts() for name, method in sparse_methods(model).items()}
 
 
 def dropped_share(model: nn.Module, phase: str) -> float | None:

@@ -25,14 +25,9 @@ DENSE, FIXED, CALIBRATED = range(3)
 class FlashSkipSoftmax(SparseAttentionMethod):
     config_class: ClassVar[type] = FlashSkipSoftmaxConfig
     config: FlashSkipSoftmaxConfig
-    fixed: Tensor  # (2, Hq) float32: λ of phases that are not calibrated
-    line: Tensor  # (2, 1 + 2 * MOST_KNOTS) float64, for it is steep: start, at and by of `Calibrated.bends`
 
-    def __init__(self, config: FlashSkipSoftmaxConfig, num_heads: int, device: torch.device) -> None:
-        super().__init__(config, num_heads, device)
-        self.register_buffer("fixed", torch.zeros(2, num_heads, device=device), persistent=False)
-        line = torch.zeros(2, 1 + 2 * MOST_KNOTS, dtype=torch.float64, device=device)
-        self.register_buffer("line", line, persistent=False)
+    def __init__(self, config: FlashSkipSoftmaxConfig, num_heads: int) -> None:
+        super().__init__(config, num_heads)
         self.set_thresholds(config.thresholds)
 
     @property
@@ -48,40 +43,60 @@ class FlashSkipSoftmax(SparseAttentionMethod):
                 )
         self.config = config
         self.calibrated = {phase: given for phase, given in self.calibrated.items() if phase not in thresholds}
-        self._fill()
+        self._changed()
 
     def set_calibrated(self, calibrated: Mapping[str, Calibrated]) -> None:
         self.calibrated = {**self.calibrated, **calibrated}
-        self._fill()
+        self._changed()
 
-    def _fill(self) -> None:
-        """In place: compiled code goes on reading the buffers, and changes only where a phase changes its kind."""
-        kinds = []
-        for index, phase in enumerate(PHASES):
-            calibrated, thresholds = self.calibrated.get(phase), self.config.thresholds.get(phase)
-            if calibrated is not None:
-                start, *bends = calibrated.bends()
-                padded = [row + [0.0] * (MOST_KNOTS - len(row)) for row in bends]
-                self.line[index].copy_(torch.tensor([start, *padded[0], *padded[1]], dtype=torch.float64))
-                kinds.append(CALIBRATED if calibrated.target > 0 else DENSE)
-            elif thresholds is not None:
-                self.fixed[index].copy_(torch.tensor(thresholds))
-                kinds.append(FIXED)
-            else:
-                kinds.append(DENSE)
-        self.kinds = tuple(kinds)
+    def _changed(self) -> None:
+        """Compiled code is compiled again only where a phase changes its kind."""
+        self.kinds = tuple(self._kind(phase) for phase in PHASES)
+        self.refresh()
 
-    def threshold(self, visible_keys: Tensor, is_decoding: bool) -> Tensor | None:
-        """λ (B, Hq) float32 of one call, None for a dense phase."""
-        phase = DECODE if is_decoding else PREFILL
+    def _kind(self, phase: str) -> int:
+        if phase in self.calibrated:
+            return CALIBRATED if self.calibrated[phase].target > 0 else DENSE
+        return FIXED if phase in self.config.thresholds else DENSE
+
+    def make_tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """fixed (2, Hq) float32: λ of phases that are not calibrated. line (2, 1 + 2 * MOST_KNOTS), float64, for it is
+        steep: start, at and by of `Calibrated.bends` of those that are. What a phase does not have is 0."""
+        fixed = [self._fixed(phase) for phase in PHASES]
+        line = [self._line(phase) for phase in PHASES]
+        return {
+            "fixed": torch.tensor(fixed, dtype=torch.float32, device=device),
+            "line": torch.tensor(line, dtype=torch.float64, device=device),
+        }
+
+    def _fixed(self, phase: str) -> list[float]:
+        values = self.config.thresholds.get(phase, [0.0])
+        return values if len(values) == self.num_heads else values * self.num_heads
+
+    def _line(self, phase: str) -> list[float]:
+        if phase not in self.calibrated:
+            return [0.0] * (1 + 2 * MOST_KNOTS)
+        start, *bends = self.calibrated[phase].bends()
+        at, by = (row + [0.0] * (MOST_KNOTS - len(row)) for row in bends)
+        return [start, *at, *by]
+
+    def threshold(self, visible_keys: Tensor, is_decoding: bool, num_heads: int | None = None) -> Tensor | None:
+        """λ (B, Hq) float32 of one call, of all heads or of the part of them that it has; None for a dense phase."""
+        phase, num_heads = DECODE if is_decoding else PREFILL, num_heads or self.num_heads
         if self.kinds[phase] == DENSE:
             return None
+        tensors = self.tensors_beside(visible_keys, num_heads)
         if self.kinds[phase] == CALIBRATED:
-            start, at, by = self.line[phase].split((1, MOST_KNOTS, MOST_KNOTS))
+            start, at, by = tensors["line"][phase].split((1, MOST_KNOTS, MOST_KNOTS))
             log_keys = visible_keys.clamp(min=1)[:, None].to(torch.float64).log()
             log_threshold = start + ((log_keys - at).clamp(min=0) * by).sum(-1, keepdim=True)
-            return log_threshold.exp().clamp(max=MOST_THRESHOLD).float().repeat(1, self.num_heads)
-        return self.fixed[phase].repeat(visible_keys.shape[0], 1)
+            return log_threshold.exp().clamp(max=MOST_THRESHOLD).float().repeat(1, num_heads)
+        if num_heads != self.num_heads and len(self.config.thresholds[PHASES[phase]]) > 1:
+            raise ValueError(
+                f"thresholds[{PHASES[phase]!r}]: one number for each of {self.num_heads} heads given; q has "
+                f"{num_heads} of them, as under tensor parallelism, where one number for all is accepted"
+            )
+        return tensors["fixed"][phase, :num_heads].repeat(visible_keys.shape[0], 1)
 
     def apply_sparsity(
         self, q: Tensor, k: Tensor, v: Tensor, visible_keys: Tensor, is_decoding: bool, arguments: Mapping[str, Any]
@@ -89,7 +104,7 @@ class FlashSkipSoftmax(SparseAttentionMethod):
         attend: Any = attention
         if self.config.backend == "pytorch":
             attend, arguments = attention_reference, {**arguments, "upcast": False}
-        threshold = self.threshold(visible_keys, is_decoding)
+        threshold = self.threshold(visible_keys, is_decoding, q.shape[-2])
         if threshold is None:
             return attend(q, k, v, **arguments), None
         result = attend(
