@@ -12,6 +12,10 @@ from fa_ops.integrations.huggingface import register_triton_attention
 from fa_ops.integrations.huggingface_guard import calls_interface
 from fa_ops.integrations.huggingface_pattern import ATTENTION_NAME
 
+# What torch.compile, activation checkpointing and FSDP1 put into the names of the modules that they wrap.
+WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
 class PreviousImplementation(NamedTuple):
     """The attention implementation that a configuration named before."""
 
@@ -22,10 +26,50 @@ class PreviousImplementation(NamedTuple):
         self.config._attn_implementation_internal = self.implementation
 
 
+def model_itself(module: nn.Module) -> nn.Module:
+    """The model of Transformers in what is wrapped around it, such as torch.compile, DDP, PEFT or a plain module.
+
+    It is the outermost PreTrainedModel: the models inside one are parts of it. A module without one is returned as it
+    is. Raises ValueError for a module around several, each of which has a configuration of its own.
+    """
+    from transformers import PreTrainedModel
+
+    models = _outermost(module, PreTrainedModel)
+    if len(models) > 1:
+        raise ValueError(
+            f"{type(module).__name__}: {len(models)} models given, {' and '.join(models)}; accepted is one at a time"
+        )
+    return next(iter(models.values()), module)
+
+
+def _outermost(module: nn.Module, kind: type, prefix: str = "") -> dict[str, nn.Module]:
+    """By name, the modules of a kind that lie in no other of that kind, each once."""
+    if isinstance(module, kind):
+        return {prefix: module}
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        for own, model in _outermost(child, kind, f"{prefix}.{name}" if prefix else name).items():
+            if not any(model is other for other in found.values()):
+                found[own] = model
+    return found
+
+
+def own_name(name: str) -> str:
+    """A module's name without the parts that wrappers inside the model put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class. Of a class that torch made from the model's own, such as FSDP2's, the model's."""
+    return next(base for base in type(module).__mro__ if not base.__module__.startswith("torch.")).__name__
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """By name, the modules whose own code calls Transformers' attention interface, in the order of the model."""
+    """The modules whose own code calls Transformers' attention interface, in the order of the model, by the names that
+    the model itself gives them."""
+    model = model_itself(model)
     classes = {module_class for module_class in map(type, model.modules()) if calls_interface(module_class)}
-    return {name: module for name, module in model.named_modules() if type(module) in classes}
+    return {own_name(name): module for name, module in model.named_modules() if type(module) in classes}
 
 
 def num_query_heads(module: nn.Module) -> int:

@@ -37,7 +37,8 @@ def sparsify(
     sparse is given back first, and is no longer sparse if this one fails.
 
     Args:
-        model: Transformers model, or a module around one.
+        model: Transformers model, or what is wrapped around one: torch.compile, DDP, PEFT, a plain module. State and
+            names are always those of the model itself, the outermost `PreTrainedModel`.
         config: {"sparse_cfg": {pattern: fields}}, see `fa_ops.sparsity.config`.
         forward_loop: what to calibrate with, see `calibrate`.
         tokenizer: of `forward_loop`'s strings, called as Transformers' tokenizers are.
@@ -46,7 +47,7 @@ def sparsify(
         The model.
 
     Raises:
-        ValueError: a field, pattern or module that is not accepted, by name.
+        ValueError: a field, pattern or module that is not accepted, by name; a module around several models.
         CalibrationError: a target that cannot be reached, or too few figures.
     """
     config = SparseAttentionConfig.of(config)
@@ -84,16 +85,19 @@ def calibrate(
 ) -> Model:
     """Finds λ for a target share and a number of keys, for the enabled modules of a sparse model, in both phases.
 
-    The model runs dense while every trial λ is counted. Nothing changes if it fails.
+    The model runs dense while every trial λ is counted. Nothing changes if it fails. Under tensor parallelism no
+    process sees all heads: calibrate the whole model in one, and restore what it found in each.
 
     Args:
         config: the fields of `CalibrationConfig`.
-        forward_loop: a function of the model that runs it as it will be used; or strings, or sequences of token ids.
-            These are joined and cut into lengths of max_seqlen; for models that are not causal also of its half, ...
+        forward_loop: a function of the model, as it was given here, that runs it as it will be used; or strings, or
+            sequences of token ids. These are joined and cut into lengths of max_seqlen, which the model itself runs;
+            for models that are not causal also of its half, ...
         tokenizer: of strings; None takes their bytes.
 
     Raises:
         CalibrationError: a target that cannot be reached, or too few figures; it says what to change.
+        ValueError: calls with a part of the heads.
     """
     config = from_fields(CalibrationConfig, config, "calibration")
     state_of(model).calibration = run_calibration(model, config, forward_loop, tokenizer)
@@ -121,7 +125,8 @@ def set_thresholds(model: nn.Module, thresholds: Mapping[str, Any], pattern: Pat
     """Gives the modules that match other λ, {"prefill": [λ], "decode": [λ]}; compiled code is not compiled again.
 
     Each list has one number in (0, 1), or one for each query head; [] makes the phase dense. Phases that are not named
-    keep what they have.
+    keep what they have. Under tensor parallelism, where a process has a part of the heads, calls accept one number
+    alone and raise ValueError with more.
     """
     for method in selected_methods(model, pattern).values():
         method.set_thresholds(thresholds)

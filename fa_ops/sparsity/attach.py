@@ -1,4 +1,8 @@
-"""Makes the attention modules of a model sparse, changes what they do, and gives the model back as it was."""
+"""Makes the attention modules of a model sparse, changes what they do, and gives the model back as it was.
+
+A sparse model's state lies on the model itself, and so do the names of its modules, whatever is wrapped around it or
+around its layers: functions take the model or what is around it, and do the same.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -13,7 +17,9 @@ from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
 from fa_ops.integrations.huggingface_models import (
     PreviousImplementation,
     attention_modules,
+    class_name,
     implementation_of,
+    model_itself,
     num_query_heads,
     use_triton_attention,
 )
@@ -73,14 +79,23 @@ def method_for(name: str, module: nn.Module, fields: Mapping[str, Any]) -> Spars
             raise ValueError(f"is_causal: {config.is_causal} given; the module has {is_causal}")
         return method_class(config, num_query_heads(module))
     except ValueError as error:
-        raise ValueError(f"{name} ({type(module).__name__}): {error}") from None
+        raise ValueError(f"{name} ({class_name(module)}): {error}") from None
 
 
 def attach(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> None:
-    """Switches the attention implementation, then gives every module its method."""
-    modules = {name: model.get_submodule(name) for name in methods}
-    previous = use_triton_attention(model, modules)
-    state = SparseState(previous, [])
+    """Switches the attention implementation, then gives every module its method.
+
+    Raises ValueError where a module is sparse already: as part of a model inside or around this one.
+    """
+    model = model_itself(model)
+    modules = {name: module for name, module in attention_modules(model).items() if name in methods}
+    for name, module in modules.items():
+        if hasattr(module, SPARSE_ATTENTION):
+            raise ValueError(
+                f"{name} ({class_name(module)}): it is sparse already, and {type(model).__name__} is not; call "
+                "remove_sparse_attention with the model inside or around it that sparsify was given"
+            )
+    state = SparseState(use_triton_attention(model, modules), [])
     companions = list(methods.values())
     for name, module in modules.items():
         methods[name].companions = companions
@@ -92,27 +107,27 @@ def attach(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> No
 def _refuse_other_implementation(module: nn.Module, _: Any) -> None:
     if implementation_of(module) != ATTENTION_NAME:
         raise RuntimeError(
-            f"{type(module).__name__}: the attention implementation was changed to {implementation_of(module)!r}, "
+            f"{class_name(module)}: the attention implementation was changed to {implementation_of(module)!r}, "
             "which would run dense; call remove_sparse_attention first"
         )
 
 
 def is_attn_sparsified(model: nn.Module) -> bool:
     """Whether `sparsify` or `restore_sparse_attention` was applied to this model, enabled or not."""
-    return hasattr(model, STATE)
+    return hasattr(model_itself(model), STATE)
 
 
 def state_of(model: nn.Module) -> SparseState:
     """ValueError for a model that is not sparse."""
     if not is_attn_sparsified(model):
         raise ValueError(f"{type(model).__name__}: not a sparse model; call sparsify first")
-    return getattr(model, STATE)
+    return getattr(model_itself(model), STATE)
 
 
 def sparse_methods(model: nn.Module) -> dict[str, SparseAttentionMethod]:
     """The methods of a sparse model by the names of their modules."""
     state_of(model)
-    found = ((name, getattr(module, SPARSE_ATTENTION, None)) for name, module in model.named_modules())
+    found = ((name, getattr(module, SPARSE_ATTENTION, None)) for name, module in attention_modules(model).items())
     return {name: method for name, method in found if isinstance(method, SparseAttentionMethod)}
 
 
@@ -127,15 +142,16 @@ def selected_methods(model: nn.Module, pattern: Pattern) -> dict[str, SparseAtte
 
 def remove_sparse_attention(model: nn.Module) -> nn.Module:
     """Gives the model back as it was before `sparsify`, its attention implementation included. Returns it."""
-    state = state_of(model)
-    for name in sparse_methods(model):
-        delattr(model.get_submodule(name), SPARSE_ATTENTION)
+    state, own = state_of(model), model_itself(model)
+    modules = attention_modules(own)
+    for name in sparse_methods(own):
+        delattr(modules[name], SPARSE_ATTENTION)
     for guard in state.guards:
         guard.remove()
     for before in state.previous:
         before.restore()
-    delattr(model, STATE)
-    config: Any = getattr(model, "config", None)
+    delattr(own, STATE)
+    config: Any = getattr(own, "config", None)
     if hasattr(config, "sparse_attention_config"):
         del config.sparse_attention_config
     return model

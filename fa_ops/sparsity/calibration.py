@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa_ops.integrations.huggingface_models import model_itself
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES, CalibrationConfig
 from fa_ops.sparsity.counting import BlockCounts, single_rows
@@ -134,7 +135,7 @@ def run_calibration(
         if callable(forward_loop):
             forward_loop(model)
         else:
-            _run_texts(model, config, forward_loop, tokenizer, recorder)
+            _run_texts(model_itself(model), config, forward_loop, tokenizer, recorder)
     result = {phase: _calibrate_phase(phase, target, recorder) for phase, target in targets.items()}
     dense = {phase: Calibrated(1.0, 0.0, 0.0) for phase in PHASES}
     for method in methods:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 import fa_ops
-from fa_ops.integrations.huggingface_models import attention_modules
+from fa_ops.integrations.huggingface_models import attention_modules, class_name, model_itself
 from fa_ops.sparsity.attach import (
     attach,
     is_attn_sparsified,
@@ -40,9 +40,10 @@ def export_sparse_attention_config(model: nn.Module) -> dict[str, Any]:
 
     Raises ValueError for a model that is not sparse.
     """
-    methods = sparse_methods(model)
+    methods, modules = sparse_methods(model), attention_modules(model)
+    classes = {name: class_name(modules[name]) for name in methods}
     return {
-        "config_groups": dict(_groups(model, methods)),
+        "config_groups": dict(_groups(classes, methods)),
         "producer": {"name": "fa_ops", "version": fa_ops.__version__},
         "fa_ops": {
             "version": VERSION,
@@ -57,8 +58,9 @@ def export_sparse_attention_config(model: nn.Module) -> dict[str, Any]:
 
 
 def save_in_config(model: nn.Module) -> None:
-    """Puts the settings where `save_pretrained` writes them; a model without a configuration has no such place."""
-    config = getattr(model, "config", None)
+    """Puts the settings where `save_pretrained` writes them: into the configuration of the model itself. A model
+    without one has no such place."""
+    config = getattr(model_itself(model), "config", None)
     if config is not None:
         config.sparse_attention_config = export_sparse_attention_config(model)
 
@@ -71,7 +73,7 @@ def restore_sparse_attention(model: Model) -> Model:
 
     Raises ValueError for a model without that entry, and by name for what it says and this version or model has not.
     """
-    saved = getattr(getattr(model, "config", None), "sparse_attention_config", None)
+    saved = getattr(getattr(model_itself(model), "config", None), "sparse_attention_config", None)
     if not isinstance(saved, Mapping):
         raise ValueError(f"{type(model).__name__}: its config has no sparse_attention_config; nothing to restore")
     modules = attention_modules(model)
@@ -84,7 +86,9 @@ def restore_sparse_attention(model: Model) -> Model:
     return model
 
 
-def _groups(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _groups(
+    classes: Mapping[str, str], methods: Mapping[str, SparseAttentionMethod]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Modules of the same calibration together."""
     disabled = [name for name, method in methods.items() if not method.is_enabled]
     enabled = {name: method for name, method in methods.items() if method.is_enabled}
@@ -95,7 +99,7 @@ def _groups(model: nn.Module, methods: Mapping[str, SparseAttentionMethod]) -> I
         names = [name for name, method in enabled.items() if method.calibrated == calibrated]
         group: dict[str, Any] = {
             "algorithm": ALGORITHMS[0],
-            "targets": sorted({type(model.get_submodule(name)).__name__ for name in names}),
+            "targets": sorted({classes[name] for name in names}),
             "ignore": disabled,
         }
         if calibrated:
@@ -159,7 +163,7 @@ def _own(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Iterator
 
 def _foreign(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, SparseAttentionMethod]]:
     groups = list(saved.get("config_groups", {}).values()) or [saved]
-    classes = {type(module).__name__ for module in modules.values()}
+    classes = {class_name(module) for module in modules.values()}
     warned = False
     for group in groups:
         group = {**saved, **group}
@@ -171,7 +175,7 @@ def _foreign(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> Iter
             raise ValueError(f"sparse_attention_config: targets {targets} given; the model has {sorted(classes)}")
         calibrated = _calibrated(group)
         for name, module in modules.items():
-            if type(module).__name__ not in targets:
+            if class_name(module) not in targets:
                 continue
             is_ignored = any(fnmatchcase(name, pattern) for pattern in group.get("ignore", []))
             method = method_for(name, module, {"enable": not is_ignored})

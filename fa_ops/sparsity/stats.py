@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
-from fa_ops.integrations.huggingface_models import implementation_of
+from fa_ops.integrations.huggingface_models import attention_modules, implementation_of
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES
 from fa_ops.sparsity.methods.base import SparseAttentionMethod
@@ -35,7 +35,10 @@ def reset_stats(model: nn.Module) -> None:
 
 
 def block_counts(model: nn.Module) -> dict[str, Tensor]:
-    """By module, the blocks counted so far: (2, 2, Hq) int64 on the CPU: prefill and decode, visited and dropped."""
+    """By module, the blocks counted so far: (2, 2, Hq) int64 on the CPU: prefill and decode, visited and dropped.
+
+    They are those of this process: of its own data, and under tensor parallelism of its own heads.
+    """
     return {name: method.block_counts() for name, method in sparse_methods(model).items()}
 
 
@@ -44,13 +47,13 @@ def dropped_share(model: nn.Module, phase: str) -> float | None:
     did."""
     if phase not in PHASES:
         raise ValueError(f"phase: {phase!r} given; accepted are {PHASES}")
-    visited, dropped = torch.stack(list(block_counts(model).values()))[:, PHASES.index(phase)].sum((0, 2)).tolist()
+    visited, dropped = _over_modules(block_counts(model))[PHASES.index(phase)].tolist()
     return dropped / visited if visited else None
 
 
 def summary(model: nn.Module) -> str:
     """A table of the modules: their state, what decides in each phase, and the share measured there."""
-    methods, counts = sparse_methods(model), block_counts(model)
+    methods, counts, modules = sparse_methods(model), block_counts(model), attention_modules(model)
     first = next(iter(methods.values()))
     lines = [f"Sparse attention: {len(methods)} modules, {sum(m.is_enabled for m in methods.values())} enabled"]
     lines.append(f"{first.name}, backend {first.config.backend!r}")
@@ -62,8 +65,8 @@ def summary(model: nn.Module) -> str:
             f"{phase} {describe_rule(info[phase])} {_percent(*own)}"
             for phase, own in zip(PHASES, measured, strict=True)
         ]
-        if implementation_of(model.get_submodule(name)) != ATTENTION_NAME:
-            cells.append(f"DENSE: its attention implementation is {implementation_of(model.get_submodule(name))!r}")
+        if (implementation := implementation_of(modules[name])) != ATTENTION_NAME:
+            cells.append(f"DENSE: its attention implementation is {implementation!r}")
         lines.append(f"{name:<{width}}  {state}  {method.config.br} x {method.config.bc}  {' | '.join(cells)}")
     return "\n".join([*lines, *_totals(methods, counts)])
 
@@ -82,6 +85,11 @@ def describe_rule(info: dict | None) -> str:
     return f"target {info['target']:.0%}, λ {info['threshold']:.3g} at {info['longest']:.0f} keys"
 
 
+def _over_modules(counts: dict[str, Tensor]) -> Tensor:
+    """(2, 2), of all modules together, however many heads each has."""
+    return torch.stack([own.sum(-1) for own in counts.values()]).sum(0)
+
+
 def _percent(visited: int, dropped: int) -> str:
     return f"dropped {dropped / visited:.1%} of {visited}" if visited else "not measured"
 
@@ -89,7 +97,7 @@ def _percent(visited: int, dropped: int) -> str:
 def _totals(methods: dict[str, SparseAttentionMethod], counts: dict[str, Tensor]) -> Iterator[str]:
     """By phase the measured share beside the one that calibration aimed at, where all enabled modules have one aim."""
     rules = [method.get_threshold_info() for method in methods.values() if method.is_enabled]
-    for phase, (visited, dropped) in zip(PHASES, torch.stack(list(counts.values())).sum((0, 3)).tolist(), strict=True):
+    for phase, (visited, dropped) in zip(PHASES, _over_modules(counts).tolist(), strict=True):
         aims = {(rule[phase] or {}).get("target") for rule in rules}
         wanted = f", {aims.pop():.1%} wanted" if len(aims) == 1 and None not in aims else ""
         share = "not measured" if not visited else "0 % dropped: this model runs dense" if not dropped else None
