@@ -13,7 +13,7 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, "
     "Tensor? key_mask, Tensor? sinks"
 )
-_NUMBERS = "float softmax_scale, float softcap, int window_left, int window_right"
+_NUMBERS = "float softmax_scale, float softcap, SymInt window_left, SymInt window_right"
 _BLOCKS = "int skip_softmax_block_q, int skip_softmax_block_k"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"
 

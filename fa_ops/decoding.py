@@ -68,8 +68,9 @@ def launch(
     """
     num_seqs, rows_q, heads_q, heads_kv = index[0].shape[0], q.shape[-3], q.shape[-2], k.shape[-2]
     _, _, left, right = numbers
-    part_out = q.new_empty((num_splits, num_seqs, heads_q, v.shape[-1]), dtype=torch.float32)
-    part_lse = q.new_empty((num_splits, num_seqs, heads_q), dtype=torch.float32)
+    room = torch.sym_max(2, num_splits)  # tracing asks whether a size is 1, and takes the answer for one that holds
+    part_out = q.new_empty((room, num_seqs, heads_q, v.shape[-1]), dtype=torch.float32)
+    part_lse = q.new_empty((room, num_seqs, heads_q), dtype=torch.float32)
     block_m = block_dim(heads_q // heads_kv)
     args = (
         q, k, v, part_out, part_lse, *index,

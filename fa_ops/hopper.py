@@ -30,7 +30,8 @@ LEAST_SCALE = 1e-30  # row maxima are taken before scaling, and 0 * -inf is NaN
 _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, "
-    "Tensor b_seq_len_k, Tensor? key_mask, float softmax_scale, int window_left, int window_right) -> (Tensor, Tensor)",
+    "Tensor b_seq_len_k, Tensor? key_mask, float softmax_scale, SymInt window_left, SymInt window_right) "
+    "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -97,7 +98,8 @@ def unsupported(
 def _are_many_blocks(q: Tensor, k: Tensor, num_seqs: int, skip_blocks: tuple[int, int]) -> bool:
     """Whether the sparse kernel's 32-bit indices into lse or block_bits might not do."""
     shape = outputs.skip_shape(q, k, num_seqs, skip_blocks)
-    return max(math.prod(shape), math.prod(q.shape[:-1])) >= 2**31
+    # the larger of the two would be a branch on the length
+    return math.prod(shape) >= 2**31 or math.prod(q.shape[:-1]) >= 2**31
 
 
 def _unsupported_layout(t: Tensor) -> str | None:

@@ -31,7 +31,7 @@ _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sm90_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
     "Tensor b_start_loc, Tensor b_seq_len, Tensor b_start_loc_k, Tensor b_seq_len_k, Tensor? key_mask, "
-    "float softmax_scale, int window_right, bool has_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float softmax_scale, SymInt window_right, bool has_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 

@@ -18,7 +18,7 @@ _library = torch.library.Library("modelopt", "FRAGMENT")
 _library.define(
     "_varlen_attention_sparse_sm90(Tensor q, Tensor k, Tensor v, Tensor b_start_loc, Tensor b_seq_len, "
     "Tensor b_start_loc_k, Tensor b_seq_len_k, Tensor? key_mask, Tensor threshold, float softmax_scale, "
-    "int window_right, int skip_block_q, int skip_block_k) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt window_right, int skip_block_q, int skip_block_k) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 

@@ -24,7 +24,8 @@ def empty_skip(
 
     block_bits (Hq, query tiles, words) int32: bit j of word w is the sequence's key block 32 w + j, set if it was kept.
     A packed batch has ceil(total_q / block_q) + B tiles, its sequences' own numbered in a row; a padded one
-    B * ceil(Sq / block_q). counts (2, B, Hq) int64: blocks visited and dropped.
+    B * ceil(Sq / block_q), and a spare one. There is a spare word, too: tracing asks of every size whether it is 1, and
+    takes the answer for one that holds at all lengths. counts (2, B, Hq) int64: blocks visited and dropped.
     """
     if skip_blocks is None:
         return q.new_empty((0,), dtype=torch.int32), q.new_empty((0,), dtype=torch.int64)
@@ -39,9 +40,9 @@ def skip_shape(
     """(Hq, query tiles, words) of block_bits."""
     block_q, block_k = skip_blocks
     tiles = (q.shape[-3] + block_q - 1) // block_q
-    tiles = tiles + num_seqs if q.dim() == 3 else tiles * num_seqs
+    tiles = tiles + num_seqs if q.dim() == 3 else tiles * num_seqs + 1
     blocks = (key_extent(k, block_table) + block_k - 1) // block_k
-    return q.shape[-2], tiles, -(-blocks // BITS_PER_WORD)
+    return q.shape[-2], tiles, (blocks + BITS_PER_WORD - 1) // BITS_PER_WORD + 1
 
 
 def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,12 +11,15 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from triton.backends.compiler import GPUTarget
 
 from fa_ops import decoding, hopper, hopper_backward, launching, ops
+from fa_ops_meta import outputs
 from tests.support.paged import paged_arguments
 from tests.support.problems import op_arguments, small_case
 
@@ -166,3 +169,61 @@ def test_the_backward_for_sm_90_is_one_opaque_op(is_padded: bool, an_imagined_gp
     (node,) = (node for node in graph.nodes if node.target is hopper_backward.backward)
     assert [arg.op for arg in node.args[:11]] == ["placeholder"] * 11
     assert not [node for node in graph.nodes if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+
+
+# q, k and v of a length S, or a table of S pages, and whether there is a backward
+DYNAMIC = {
+    "packed": (lambda n: ((n, 4, 64), (n, 2, 64)), True),
+    "padded": (lambda n: ((2, n, 4, 64), (2, n, 2, 64)), True),
+    "decode": (lambda n: ((2, 1, 4, 64), (2, n, 2, 64)), False),
+    "paged": (lambda n: ((6, 4, 64), (50, 16, 2, 64)), False),
+}
+
+
+def guards_of(layout: str, is_backward: bool, has_threshold: bool, example: int) -> tuple:
+    """The symbol of S, and what the trace of a body on fake CUDA tensors asks of it."""
+    shapes = ShapeEnv()
+    name = ConstantSource("length")
+    symbol = shapes.create_symbol(example, name, DimDynamic.DYNAMIC, None)
+    size = shapes.create_symintnode(symbol, hint=example, source=name)
+    with FakeTensorMode(shape_env=shapes):
+        q, k = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in DYNAMIC[layout][0](size))
+        v = torch.empty_like(k)
+        index = torch.empty(2, dtype=torch.int32, device="cuda")
+        start_k = index if layout == "decode" else None
+        length_k = None if layout in ("packed", "padded") else index
+        table = torch.empty((2, size), dtype=torch.int32, device="cuda") if layout == "paged" else None
+        threshold = torch.empty((), device="cuda") if has_threshold else None
+        arguments = (
+            q, k, v, index, index, None, True, None, start_k, length_k, None, -1, -1, 0.0, None, None, table, True,
+            threshold, 64, 128,
+        )  # fmt: skip
+        body = ops._varlen_attention
+        if is_backward:
+            body = ops._varlen_attention_backward
+            out, lse = outputs.empty_forward(q, v)
+            block_bits, _ = outputs.empty_skip(q, k, index, (64, 128) if has_threshold else None)
+            arguments = torch.empty_like(out), torch.empty_like(lse), out, lse, block_bits, *arguments
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+
+        def call(*tensors):
+            given = iter(tensors)
+            return body(*(next(given) if isinstance(t, torch.Tensor) else t for t in arguments))
+
+        make_fx(dispatch_functionalize(call))(*tensors)
+    return symbol, [guard.expr for guard in shapes.guards]
+
+
+@pytest.mark.parametrize("has_threshold", [False, True], ids=["dense", "skip_softmax"])
+@pytest.mark.parametrize(
+    ("layout", "is_backward"),
+    [(layout, is_backward) for layout, (_, has) in DYNAMIC.items() for is_backward in (False, True)[: 1 + has]],
+)
+def test_one_graph_for_all_lengths(layout, is_backward, has_threshold, an_imagined_gpu, monkeypatch):
+    """What a trace at one length asks of it is answered alike by all."""
+    for module in (decoding, hopper, hopper_backward):
+        monkeypatch.setattr(module, "multi_processors", lambda device: 132)
+    for example in (40, 5000):
+        symbol, guards = guards_of(layout, is_backward, has_threshold, example)
+        lengths = 2, 3, 64, 65, 700, 5000, 10**6
+        assert not [(n, str(guard)) for guard in guards for n in lengths if not guard.subs(symbol, n)]
