@@ -60,7 +60,8 @@ def attention(
         is_causal: causal (bottom-right aligned) or full attention.
         softmax_scale: 1 / sqrt(D) if None.
         b_start_loc_k: (B,) int32 or int64, first key of each sequence; with ``b_seq_len_k``, or neither: then the key
-            ranges are the query ranges. Key ranges may overlap where no gradient is taken.
+            ranges are the query ranges. Key ranges may overlap where no gradient of k or v is asked for. Where one is,
+            the backward raises ValueError on CPU tensors, and stops a GPU with an assertion, without a synchronisation.
         b_seq_len_k: (B,) int32 or int64, keys of each sequence.
         max_input_len_k: as ``max_input_len``.
         window_size: (left, right), keys that a row sees before and after its own position, -1 for unlimited: key j is

@@ -15,7 +15,7 @@ import torch._library.triton
 from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled, set_wrap_triton_enabled
 
-from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse
+from fa_ops import cpu_ops, decoding, hopper, hopper_backward, hopper_sparse, key_ranges
 from fa_ops.kernels import tier
 from fa_ops.launching import (
     HAS_TRITON,
@@ -387,6 +387,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(out, lse, block_bits, *(x for x, t in zip(inputs, is_tensor, strict=True) if t))
     ctx.is_tensor = is_tensor
     ctx.scalars = [x for x, t in zip(inputs, is_tensor, strict=True) if not t]
+    q, start, length, start_k, length_k = (inputs[i] for i in (0, *RANGES))
+    # a padded sequence has keys of its own, and ranges of queries do not overlap
+    ctx.may_overlap = q.dim() == 3 and start_k is not None and (start_k is not start or length_k is not length)
     ctx.mark_non_differentiable(block_bits, counts)
     ctx.set_materialize_grads(False)
 
@@ -395,6 +398,10 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_):
     out, lse, block_bits, *tensors = ctx.saved_tensors
     tensors, scalars = iter(tensors), iter(ctx.scalars)
     args = [next(tensors if t else scalars) for t in ctx.is_tensor]
+    if ctx.may_overlap and any(ctx.needs_input_grad[1:3]):
+        starts, lengths = RANGES[2:]
+        given = args[starts], args[lengths], args[1].shape[0], dlse if dout is None else dout
+        args[starts] = _without_autograd(key_ranges.disjoint_starts, given)
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dsinks = _without_autograd(
         torch.ops.modelopt.varlen_attention_backward, (dout, dlse, out, lse, block_bits, *args)
@@ -476,6 +483,7 @@ _library = torch.library.Library("modelopt", "FRAGMENT")
 _forward_op = _define_op("modelopt::varlen_attention", _varlen_attention, _fake_forward)
 _NAMES = [argument.name for argument in torch.ops.modelopt.varlen_attention.default._schema.arguments]
 SINKS, BLOCK_TABLE = _NAMES.index("sinks"), _NAMES.index("block_table")
+RANGES = [_NAMES.index(name) for name in ("b_start_loc", "b_seq_len", "b_start_loc_k", "b_seq_len_k")]
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 _define_op("modelopt::varlen_attention_backward", _varlen_attention_backward, _fake_backward)
 

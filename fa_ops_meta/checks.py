@@ -17,6 +17,10 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 DEVICES = ("cpu", "cuda", "meta")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (8, 0)
+OVERLAP = (
+    "b_start_loc_k, b_seq_len_k: ranges given that overlap, where a gradient of k or v is asked for; accepted are "
+    "ranges without a key in common; repeat the shared keys, or detach k and v"
+)
 
 
 def check_types(

@@ -26,6 +26,7 @@ def register_sharding_rules() -> None:
     ):
         names = [argument.name for argument in op._schema.arguments]
         register_sharding(op)(functools.partial(_rules, names, outputs))
+    register_sharding(torch.ops.modelopt._disjoint_starts.default)(_starts_rules)
 
 
 def _rules(names: list[str], outputs: tuple[str, ...], *arguments: Any) -> list[Rule]:
@@ -47,6 +48,12 @@ def _rules(names: list[str], outputs: tuple[str, ...], *arguments: Any) -> list[
                 sharded["skip_softmax_threshold"] = Shard(1)
         rules.append(_rule(sharded, outputs, given))
     return rules
+
+
+def _starts_rules(start: Any, length: Any, rows: int, gradient: Any) -> list[Rule]:
+    """All replicated but the gradient, which is not read."""
+    placements = [Replicate(), *map(Shard, range(gradient.ndim))]
+    return [([Replicate()], [Replicate(), Replicate(), None, placement]) for placement in placements]
 
 
 def _rule(sharded: dict[str, Shard], outputs: tuple[str, ...], given: dict[str, Any]) -> Rule:

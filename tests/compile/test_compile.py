@@ -183,6 +183,25 @@ def test_gradients_of_only_some_inputs(fresh_compiler):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_key_ranges_that_overlap_stop_the_backward(backend, fresh_inductor):
+    """No partition of the graph drops the comparison, or moves it into the forward."""
+    q, k, v = (torch.randn(10, 2, 16, requires_grad=True) for _ in range(3))
+    start, length = torch.tensor([0, 5]), torch.tensor([5, 5])
+
+    def attend(start_k):
+        return fa_ops.attention(q, k, v, start, length, b_start_loc_k=start_k, b_seq_len_k=length)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for f in (compiled, attend):
+        f(start.clone()).sum().backward()
+        out = f(torch.tensor([0, 4]))
+        with pytest.raises(ValueError, match=r"^b_start_loc_k, b_seq_len_k: ranges given that overlap"):
+            out.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(compiled(torch.tensor([0, 4])), attend(torch.tensor([0, 4])))
+
+
 def test_a_wrong_compiled_function_is_noticed(fresh_compiler):
     inputs = small_case(has_dlse=True).build()
 

@@ -130,3 +130,9 @@ def test_variants_are_what_their_names_say():
     gaps = inputs["rows_outside_every_sequence"]
     assert gaps.b_seq_len.sum() < len(gaps.q)
     assert not inputs["padded_one_sequence_all_masked"].sees[0].any()
+
+
+def test_comparison_of_key_ranges():
+    start, length = torch.tensor([4, 0], dtype=torch.int32), torch.tensor([4, 4])
+    arguments = start, length, 8, torch.randn(3, 2, 16).transpose(0, 1)
+    torch.library.opcheck(torch.ops.modelopt._disjoint_starts.default, arguments, test_utils=UTILITIES)

@@ -18,6 +18,11 @@ def packed(heads_kv: int) -> tuple[list[torch.Tensor], dict]:
     return qkv, {"b_start_loc": torch.tensor([0, 4]), "b_seq_len": torch.tensor([4, 3])}
 
 
+def packed_with_other_keys(heads_kv: int) -> tuple[list[torch.Tensor], dict]:
+    qkv, others = packed(heads_kv)
+    return qkv, others | {"b_start_loc_k": torch.tensor([5, 0]), "b_seq_len_k": torch.tensor([4, 5])}
+
+
 def padded(heads_kv: int) -> tuple[list[torch.Tensor], dict]:
     qkv = [torch.randn(2, 4, HEADS, 16), torch.randn(2, 7, heads_kv, 16), torch.randn(2, 7, heads_kv, 16)]
     key_mask = torch.ones(2, 7, dtype=torch.bool)
@@ -98,6 +103,9 @@ CASES = [
     (padded, 6, "heads", "heads", "lse", False),
     (packed, 2, "replicated", "replicated", "out lse", True),
     (padded, 2, "replicated", "replicated", "out", False),
+    (packed_with_other_keys, 2, "heads", "heads", "out lse", True),
+    (packed_with_other_keys, 2, "replicated", "replicated", "lse", False),
+    (packed_with_other_keys, 2, "tokens", "heads replicated", "out", False),
     # key heads that do not divide among two processes
     (packed, 3, "heads", "replicated", "out lse", True),
     (padded, 3, "tokens", "replicated", "out lse", True),
