@@ -9,7 +9,7 @@ alone. It is read once, at import. The logger "fa_ops.ops" says at level DEBUG w
 """
 
 from fa_ops import ops, varlen
-from fa_ops.attention import attention, varlen_attn
+from fa_ops.attention import attention, varlen_attn, varlen_attn_out
 
 __version__ = "0.1.0"
 
@@ -36,4 +36,13 @@ def vouch_for(model_class: type) -> None:
     huggingface_guard.vouch_for(model_class)
 
 
-__all__ = ["IS_AVAILABLE", "__version__", "attention", "register_triton_attention", "varlen", "varlen_attn", "vouch_for"]
+__all__ = [
+    "IS_AVAILABLE",
+    "__version__",
+    "attention",
+    "register_triton_attention",
+    "varlen",
+    "varlen_attn",
+    "varlen_attn_out",
+    "vouch_for",
+]

@@ -75,8 +75,8 @@ def attention(
         skip_softmax_threshold: λ of skip-softmax (BLASST, arXiv 2512.12087): a block of keys whose scores all lie more
             than -ln λ below the largest visited before, in every row of a block of queries that sees a key of it, is
             dropped, as if masked. A float in (0, 1), or a float32 tensor (), (B,) or (B, Hq) on q's device, of which
-            values outside (0, 1) drop nothing. None: dense attention, bit for bit. Gradients are those of the blocks
-            that were kept.
+            values outside (0, 1) drop nothing. None or 0.0: dense attention, bit for bit. Gradients are those of the
+            blocks that were kept.
         skip_softmax_block: (query rows, keys) of a block, each 16, 32, 64 or 128, counted from a sequence's first
             query and key. Part of the meaning, like the order in which blocks are visited: the first, then from the
             last to the second. For one query the maximum starts anew, from the first block, in every 2048 keys.
@@ -118,8 +118,8 @@ def attention(
     threshold = _threshold_tensor(skip_softmax_threshold, q)
     if return_skip_counts and threshold is None:
         raise ValueError(
-            "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
-            "threshold or False"
+            f"return_skip_counts: True given with skip_softmax_threshold {skip_softmax_threshold}; dense attention "
+            "counts nothing, pass a threshold in (0, 1) or False"
         )
     may_need_grad = block_table is not None and torch.is_grad_enabled()
     if may_need_grad and any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
@@ -163,7 +163,8 @@ def varlen_attn(
         key: (total_k, Hkv, D), or a paged cache, (pages, page size, Hkv, D): any page size, any strides, no copy.
         value: (total_k, Hkv, Dv), or (pages, page size, Hkv, Dv).
         cu_seq_q: (B + 1,) int32 or int64: 0, the end of the first sequence, ..., the end of the last.
-        cu_seq_k: (B + 1,), likewise of the keys. None for a paged cache.
+        cu_seq_k: (B + 1,), likewise of the keys. A paged cache takes None, or a Tensor, whose values have no influence:
+            the pages tell where keys lie, and ``seqused_k`` how many there are.
         max_q: longest sequence of queries; never changes a result.
         max_k: longest sequence of keys, likewise.
         return_aux: with ``lse=True`` also return lse, (Hq, total_q) float32.
@@ -180,17 +181,22 @@ def varlen_attn(
         out (total_q, Hq, Dv), or (out, lse).
 
     Raises:
-        As `attention`; ValueError for unequal numbers of heads without ``enable_gqa``, and for a block_table with
-        ``cu_seq_k`` or without ``seqused_k``; NotImplementedError for a block_table where a gradient is asked for.
+        As `attention`; ValueError for unequal numbers of heads without ``enable_gqa``, and for a block_table without
+        ``seqused_k``; NotImplementedError for a block_table where a gradient is asked for.
     """
     if not enable_gqa and query.shape[-2] != key.shape[-2]:
         raise ValueError(
             f"enable_gqa: False given, with {query.shape[-2]} heads of query and {key.shape[-2]} of key; expected "
             "equal numbers, or True"
         )
-    _check_cache(cu_seq_k, seqused_k, block_table)
+    _check_cache(cu_seq_q, cu_seq_k, seqused_k, block_table)
     b_start_loc, b_seq_len = varlen.from_cu_seqlens(cu_seq_q)
-    b_start_loc_k, b_seq_len_k = (None, None) if cu_seq_k is None else varlen.from_cu_seqlens(cu_seq_k)
+    b_start_loc_k: Tensor | None = b_start_loc
+    b_seq_len_k = b_seq_len
+    if block_table is not None:
+        b_start_loc_k = None
+    elif cu_seq_k is not None and cu_seq_k is not cu_seq_q:
+        b_start_loc_k, b_seq_len_k = varlen.from_cu_seqlens(cu_seq_k)
     return attention(
         query, key, value, b_start_loc, b_seq_len, max_q, False, scale,
         b_start_loc_k, b_seq_len_k if seqused_k is None else seqused_k, max_k,
@@ -198,14 +204,62 @@ def varlen_attn(
     )  # fmt: skip
 
 
-def _check_cache(cu_seq_k: Tensor | None, seqused_k: Tensor | None, block_table: Tensor | None) -> None:
+def varlen_attn_out(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: "AuxRequest | None" = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """`varlen_attn`, but that the result is copied into `out`, as `torch.nn.attention.varlen.varlen_attn_out` does.
+
+    Args:
+        out: (total_q, Hq, Dv), of query's dtype and device, any strides. It may be query itself.
+
+    Returns:
+        out, or (out, lse).
+
+    Raises:
+        As `varlen_attn`; ValueError and TypeError for an out of another shape, device or dtype; NotImplementedError
+        where a gradient is asked for.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: {type(out).__name__} given; accepted is a Tensor")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, query, key, value)):
+        raise NotImplementedError(
+            "out: given where a gradient is asked for; varlen_attn_out has no backward, call it under torch.no_grad(), "
+            "or varlen_attn"
+        )
+    checks.check_out(out, query, value)
+    result = varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,
+        window_size=window_size, enable_gqa=enable_gqa, seqused_k=seqused_k, block_table=block_table,
+        num_splits=num_splits,
+    )  # fmt: skip
+    attended, *lse = result if isinstance(result, tuple) else (result,)
+    out.copy_(attended)
+    return (out, *lse) if lse else out
+
+
+def _check_cache(
+    cu_seq_q: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor | None, block_table: Tensor | None
+) -> None:
     """Keys are found by cu_seq_k, or by block_table and seqused_k."""
     if block_table is None and cu_seq_k is None:
         raise ValueError("cu_seq_k: None given without block_table; accepted are a Tensor, or None for a paged cache")
-    if block_table is not None and cu_seq_k is not None:
-        raise ValueError(
-            "cu_seq_k: a Tensor given with block_table; pages are found without it, pass None and seqused_k"
-        )
+    if cu_seq_k is not None and cu_seq_k.shape != cu_seq_q.shape:
+        raise ValueError(f"cu_seq_k: shape {tuple(cu_seq_k.shape)} given; expected cu_seq_q's, {tuple(cu_seq_q.shape)}")
     if block_table is not None and seqused_k is None:
         raise ValueError("seqused_k: None given with block_table; a paged cache needs the keys of each sequence, (B,)")
 
@@ -217,9 +271,12 @@ def _threshold_tensor(threshold: Tensor | float | None, q: Tensor) -> Tensor | N
         raise TypeError(
             f"skip_softmax_threshold: {type(threshold).__name__} given; accepted are a Tensor, a float and None"
         )
+    if threshold == 0.0:
+        return None
     if not threshold > 0.0:
         raise ValueError(
-            f"skip_softmax_threshold: {threshold} given; accepted are floats in (0, 1), or None for dense attention"
+            f"skip_softmax_threshold: {threshold} given; accepted are floats in (0, 1), and None or 0.0 for dense "
+            "attention"
         )
     if threshold >= 1.0:
         warnings.warn(

@@ -141,6 +141,17 @@ def check_gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None)
             raise ValueError(f"{name}: device {grad.device} given; expected q's, {like.device}")
 
 
+def check_out(out: Tensor, query: Tensor, value: Tensor) -> None:
+    """What `varlen_attn_out` checks of the tensor that the result is copied into."""
+    expected = (*query.shape[:-1], value.shape[-1])
+    if out.shape != expected:
+        raise ValueError(f"out: shape {_shape(out)} given; expected (total_q, Hq, Dv) = {expected}")
+    if out.dtype != query.dtype:
+        raise TypeError(f"out: dtype {out.dtype} given; expected query's, {query.dtype}")
+    if out.device != query.device:
+        raise ValueError(f"out: device {out.device} given; expected query's, {query.device}")
+
+
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 

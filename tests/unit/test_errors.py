@@ -269,12 +269,12 @@ WRONG_CALLS = [
     ),
     packed(
         "skip_softmax_threshold_negative", ValueError,
-        "skip_softmax_threshold: -0.1 given; accepted are floats in (0, 1), or None for dense attention",
+        "skip_softmax_threshold: -0.1 given; accepted are floats in (0, 1), and None or 0.0 for dense attention",
         skip_softmax_threshold=-0.1,
     ),
     packed(
         "skip_softmax_threshold_nan", ValueError,
-        "skip_softmax_threshold: nan given; accepted are floats in (0, 1), or None for dense attention",
+        "skip_softmax_threshold: nan given; accepted are floats in (0, 1), and None or 0.0 for dense attention",
         skip_softmax_threshold=float("nan"),
     ),
     untraceable(
@@ -289,8 +289,14 @@ WRONG_CALLS = [
     packed(
         "return_skip_counts", ValueError,
         "return_skip_counts: True given with skip_softmax_threshold None; dense attention counts nothing, pass a "
-        "threshold or False",
+        "threshold in (0, 1) or False",
         return_skip_counts=True,
+    ),
+    packed(
+        "return_skip_counts_off", ValueError,
+        "return_skip_counts: True given with skip_softmax_threshold 0.0; dense attention counts nothing, pass a "
+        "threshold in (0, 1) or False",
+        return_skip_counts=True, skip_softmax_threshold=0.0,
     ),
 ]  # fmt: skip
 each_wrong_call = pytest.mark.parametrize("wrong", WRONG_CALLS, ids=lambda wrong: wrong.id)

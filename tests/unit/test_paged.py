@@ -88,6 +88,23 @@ def test_varlen_attn():
     assert torch.equal(call(inputs, k, v, table.long()), expected)
 
 
+@pytest.mark.parametrize("cu_seq_k", [[0, 6, 15], [0, 256, 512], [0, 0, 0]])
+def test_varlen_attn_takes_cu_seq_k_beside_pages(cu_seq_k):
+    """torch's FlashAttention-2 backend requires it, and reads lengths from seqused_k."""
+    inputs, k, v, table = cache()
+    expected = call(inputs, k, v, table)
+    assert torch.equal(call(inputs, k, v, table, cu_seq_k=torch.tensor(cu_seq_k)), expected)
+
+
+def test_varlen_attn_out():
+    inputs, k, v, table = cache()
+    out = torch.full_like(inputs.q, torch.nan)
+    given = {"seqused_k": inputs.b_seq_len_k, "block_table": table, "enable_gqa": True}
+    found = fa_ops.varlen_attn_out(out, inputs.q, k, v, torch.tensor([0, 3, 8]), None, 5, 9, **given)
+    assert found is out
+    assert torch.equal(out, call(inputs, k, v, table, window_size=(-1, -1)))
+
+
 def test_the_oracle_reads_pages():
     inputs, k, v, table = cache()
     expected = attention_reference(
@@ -138,7 +155,14 @@ def test_a_cache_without_pages():
     ("error", "message", "changes"),
     [
         (ValueError, "cu_seq_k: None given without block_table", {"block_table": None}),
-        (ValueError, "cu_seq_k: a Tensor given with block_table", {"cu_seq_k": torch.tensor([0, 6, 15])}),
+        (
+            ValueError, "cu_seq_k: shape (2,) given; expected cu_seq_q's, (3,)",
+            {"cu_seq_k": torch.tensor([0, 6])},
+        ),
+        (
+            ValueError, "seqused_k: None given with block_table",
+            {"cu_seq_k": torch.tensor([0, 6, 15]), "seqused_k": None},
+        ),
         (ValueError, "seqused_k: None given with block_table", {"seqused_k": None}),
         (
             ValueError, "block_table: shape (2,) given; expected (B, max_pages), the pages of each sequence",

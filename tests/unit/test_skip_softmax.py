@@ -331,6 +331,19 @@ def test_block_bits():
     assert torch.equal(unpack_block_bits(words, 70), kept)
 
 
+@pytest.mark.parametrize("off", [0.0, 0, -0.0])
+def test_a_threshold_of_zero_is_dense(off):
+    """As Model Optimizer's users write it: no block is looked at, and the bits are those of dense attention."""
+    inputs = small_case(has_dlse=True).build()
+    tensors = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+    dense, found = (
+        inputs.call(fa_ops.attention, *tensors, skip_softmax_threshold=threshold) for threshold in (None, off)
+    )
+    gradients = [torch.autograd.grad(results, tensors, (inputs.dout, inputs.dlse)) for results in (dense, found)]
+    for one, other in zip((*found, *gradients[1]), (*dense, *gradients[0]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_counts_need_a_threshold():
     q = torch.randn(4, 2, 16)
     with pytest.raises(ValueError, match=r"^return_skip_counts: True given"):

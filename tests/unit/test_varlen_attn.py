@@ -1,12 +1,13 @@
 """fa_ops.varlen_attn: called as torch's varlen_attn, computed as fa_ops.attention."""
 
 import inspect
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen as varlen_of_torch
 from torch.nn.attention.varlen import AuxRequest
-from torch.nn.attention.varlen import varlen_attn as varlen_attn_of_torch
 
 import fa_ops
 
@@ -72,8 +73,84 @@ def test_without_aux():
     assert isinstance(call(*inputs(), return_aux=AuxRequest()), torch.Tensor)
 
 
-def test_every_argument_of_torch_is_accepted():
-    ours, theirs = (inspect.signature(f).parameters for f in (fa_ops.varlen_attn, varlen_attn_of_torch))
-    for name, parameter in theirs.items():
-        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+@pytest.mark.parametrize("name", ["varlen_attn", "varlen_attn_out"])
+def test_every_argument_of_torch_is_accepted(name):
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (fa_ops, varlen_of_torch))
+    for argument, parameter in theirs.items():
+        assert (ours[argument].kind, ours[argument].default) == (parameter.kind, parameter.default), argument
     assert list(ours)[: len(theirs)] == list(theirs)
+
+
+def test_one_tensor_of_cumulative_lengths_is_two():
+    q = torch.randn(9, 4, 16)
+    k = torch.randn(12, 4, 16)  # three rows of padding behind the last sequence
+    cu_seq = cumulative(LENGTHS_Q)
+    found, expected = (fa_ops.varlen_attn(q, k, k, cu_seq, other, 5, 5) for other in (cu_seq, cu_seq.clone()))
+    assert torch.equal(found, expected)
+
+
+def call_out(out, q, k, v, **kwargs):
+    return fa_ops.varlen_attn_out(out, q, k, v, cumulative(LENGTHS_Q), cumulative(LENGTHS_K), 5, 6, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": (-1, 0), "scale": 0.3, "seqused_k": torch.tensor([3, 2, 5])}])
+@torch.no_grad()
+def test_out_is_filled(options):
+    tensors = inputs()
+    expected = call(*tensors, **options, return_aux=AuxRequest(lse=True))
+    out = torch.full_like(tensors[0], torch.nan)
+    assert call_out(out, *tensors, **options) is out
+    assert torch.equal(out, expected[0])
+    found = call_out(out.zero_(), *tensors, **options, return_aux=AuxRequest(lse=True))
+    assert found[0] is out
+    assert torch.equal(out, expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert isinstance(call_out(out, *tensors, **options, return_aux=AuxRequest()), torch.Tensor)
+
+
+@torch.no_grad()
+def test_out_of_any_strides_and_query_itself():
+    q, k, v = inputs()
+    expected = call(q, k, v)
+    memory = torch.zeros(4, len(q), 20)
+    call_out(memory.transpose(0, 1)[..., :16], q, k, v)
+    assert torch.equal(memory[..., :16].transpose(0, 1), expected)
+    assert not memory[..., 16:].any()
+    call_out(q, q, k, v)
+    assert torch.equal(q, expected)
+
+
+def test_out_compiled(fresh_compiler):
+    tensors = [t.detach() for t in inputs()]
+    compiled = torch.compile(call_out, fullgraph=True, backend="aot_eager")
+    out = torch.zeros_like(tensors[0])
+    assert compiled(out, *tensors).data_ptr() == out.data_ptr()
+    assert torch.equal(out, call(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (ValueError, "out: shape (9, 4, 8) given; expected (total_q, Hq, Dv) = (9, 4, 16)", lambda q: q[..., :8]),
+        (TypeError, "out: dtype torch.float16 given; expected query's, torch.float32", lambda q: q.half()),
+        (ValueError, "out: device meta given; expected query's, cpu", lambda q: q.to("meta")),
+        (TypeError, "out: NoneType given; accepted is a Tensor", lambda q: None),
+    ],
+)
+def test_another_out_names_itself(error, message, make):
+    q, k, v = (t.detach() for t in inputs())
+    before = q.clone()
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call_out(make(q), q, k, v)
+    assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_out_has_no_backward(which):
+    q, k, v = (t.detach() for t in inputs())
+    tensors = [torch.zeros_like(q), q, k, v]
+    tensors[which].requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^out: given where a gradient is asked for"):
+        call_out(*tensors)
+    with torch.no_grad():
+        call_out(*tensors)
