@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fa_ops.attention import attention
+from fa_ops.integrations.context_parallel import refuse_context_parallel
 from fa_ops.integrations.huggingface_guard import guard_models
 from fa_ops.integrations.huggingface_mask import triton_attention_mask
 from fa_ops.integrations.huggingface_pattern import (
@@ -34,7 +35,7 @@ from fa_ops.integrations.huggingface_pattern import (
 from fa_ops.integrations.huggingface_sequences import Ranges, packed_ranges, padded_ranges
 from fa_ops_meta.checks import MAX_HEAD_DIM, MIN_HEAD_DIM
 
-# The child of an attention module that `fa_ops.sparsity` gives it, a `SparseAttentionMethod`.
+# The attribute of an attention module that `fa_ops.sparsity` gives it, a `SparseAttentionMethod`.
 SPARSE_ATTENTION = "sparse_attention"
 
 # Arguments that change what attention means, and where the model has them from.
@@ -137,6 +138,7 @@ def triton_attention_forward(
     Raises NotImplementedError or ValueError, naming module, argument and configuration field, for what is not
     supported, and TypeError for arguments that it does not know.
     """
+    refuse_context_parallel(_owner(module))
     _check_arguments(module, dropout, kwargs)
     _check_head_dims(module, query, value)
     pattern, states = _read_mask(module, attention_mask, query, key)

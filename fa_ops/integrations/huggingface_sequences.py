@@ -88,6 +88,8 @@ def packed_ranges(
                 f"cu_seq_lens_q, cu_seq_lens_k: given with an attention_mask that hides keys; {ATTENTION_NAME} accepts "
                 "packed sequences or padding"
             )
+        if cu_seq_lens_k is cu_seq_lens_q and q_length == kv_length:
+            return Ranges(*varlen.from_cu_seqlens(cu_seq_lens_q))  # which cannot overlap, so nobody has to look
         return Ranges(*varlen.from_cu_seqlens(cu_seq_lens_q), *varlen.from_cu_seqlens(cu_seq_lens_k))
     if position_ids is None or position_ids.shape[-1] == 1 or is_padded or not is_causal:
         return None if marked is None else _document_ranges(marked)
