@@ -70,7 +70,8 @@ ARGUMENTS_WITHOUT_EFFECT = frozenset(
         # of tokens: masks that depend on them come from the mask function
         "input_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids",
         # of images, videos and sounds: they have become embeddings before attention is called
-        "grid_thw", "image_grid_thw", "image_sizes", "interpolate_pos_encoding", "video_grid_thw", "vision_feature_layer", "vision_feature_select_strategy",
+        "grid_thw", "image_grid_thw", "image_sizes", "interpolate_pos_encoding", "video_grid_thw",
+        "vision_feature_layer", "vision_feature_select_strategy",
     }
 )  # fmt: skip
 
@@ -120,8 +121,8 @@ def triton_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as Transformers' models call it, through `fa_ops.attention`; the host never waits, and nothing is copied
-    whose last dimension is contiguous.
+    """Attention as Transformers' models call it, through `fa_ops.attention`; the host never waits, and what has a
+    contiguous last dimension is not copied.
 
     query (B, Hq, Q, D), key (B, Hkv, K, D), value (B, Hkv, K, Dv), attention_mask None or what `triton_attention_mask`
     returns, scaling 1/√D by default. A mask says whether attention is causal. Without one it is what `is_causal` says,
@@ -182,13 +183,13 @@ def _read_mask(
     module: nn.Module, attention_mask: Tensor | None, query: Tensor, key: Tensor
 ) -> tuple[MaskPattern | None, KeyStates]:
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
-    if not torch.compiler.is_compiling() and has_waiting():
-        if not take_back(_config(module), attention_mask, batch, q_length, kv_length):
-            raise NotImplementedError(
-                f"{_owner(module)}: attention_mask: None given, while the mask that was made for {batch} rows of "
-                f"{q_length} queries and {kv_length} keys hides some of them; {ATTENTION_NAME} accepts models that "
-                "hand their masks on"
-            )
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and has_waiting() and not take_back(_config(module), attention_mask, batch, q_length, kv_length):
+        raise NotImplementedError(
+            f"{_owner(module)}: attention_mask: None given, while the mask that was made for {batch} rows of "
+            f"{q_length} queries and {kv_length} keys hides some of them; {ATTENTION_NAME} accepts models that hand "
+            "their masks on"
+        )
     if attention_mask is None:
         return None, KeyStates(None)
     pattern = pattern_of(attention_mask, batch, kv_length)

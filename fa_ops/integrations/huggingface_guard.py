@@ -1,8 +1,8 @@
 """Which models may have `attn_implementation="modelopt_triton"`: those whose attention is sure to call ours.
 
-Transformers accepts a registered name for every model. A model that computes attention itself then gets masks of our mask
-function, which only our attention function can read. So the classes of a model are looked at, without running them:
-which parts it is built of, which of these call Transformers' attention interface, and which compute attention
+Transformers accepts a registered name for every model. A model that computes attention itself then gets masks of our
+mask function, which only our attention function can read. So the classes of a model are looked at, without running
+them: which parts it is built of, which of these call Transformers' attention interface, and which compute attention
 themselves. The rule is the same for Transformers' own models, for remote code and for classes of the user's own.
 
 It is applied when a model is built or switched, where its class is known, and when a mask is made, where its
@@ -121,8 +121,8 @@ def _how_to_vouch(cls: type) -> str:
 
 
 def _models_of(config_class: type) -> list[type]:
-    """The model classes that declare a configuration class, or else the nearest class that it inherits from: those beside
-    it, in its own package, if there are any. All models of its package if none declares it."""
+    """The model classes that declare a configuration class, or else the nearest class that it inherits from: those
+    in its own package, if there are any. All models of its package if none declares it."""
     from transformers import PreTrainedModel
 
     known = list(_subclasses(PreTrainedModel))
@@ -138,6 +138,7 @@ def _package(cls: type) -> str:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
@@ -185,11 +186,15 @@ def parts_of(model_class: type, with_models: bool = False) -> Parts:
         part = waiting.pop()
         named = {function: _named(function) for function in _functions(part)}
         uses_softmax = any(SOFTMAX & names for names in named.values())
-        if any(INTERFACE <= names for names in named.values()):
+        if any(names >= INTERFACE for names in named.values()):
             callers.add(part.__name__)
-        elif part is not model_class and _takes_mask(part) and not part.__name__.endswith(HARMLESS):
-            if uses_softmax or part.__name__.endswith(CHOOSES_KEYS):
-                own_attention.add(part.__name__)
+        elif (
+            part is not model_class
+            and _takes_mask(part)
+            and not part.__name__.endswith(HARMLESS)
+            and (uses_softmax or part.__name__.endswith(CHOOSES_KEYS))
+        ):
+            own_attention.add(part.__name__)
         for function, names in named.items():
             for name in names:
                 value = function.__globals__.get(name)
@@ -214,7 +219,7 @@ def _is_mask_maker(value: Any) -> bool:
 
 def calls_interface(module_class: type) -> bool:
     """Whether the code of a class itself calls Transformers' attention interface."""
-    return any(INTERFACE <= _named(function) for function in _functions(module_class))
+    return any(_named(function) >= INTERFACE for function in _functions(module_class))
 
 
 def _functions(module_class: type) -> Iterator[FunctionType]:
@@ -244,8 +249,8 @@ def _takes_mask(module_class: type) -> bool:
 def guard_models() -> None:
     """Makes Transformers ask `check_model_class` when a model is built for, or switched to, our attention.
 
-    Transformers has no place to say which models a registered name is for: without this, a model with a table of its own
-    ends in a KeyError, and others run their own attention without a word.
+    Transformers has no place to say which models a registered name is for. Without this, a model with a table of its
+    own ends in a KeyError, and others run their own attention without a word.
     """
     from transformers import PreTrainedModel
 

@@ -39,8 +39,9 @@ def triton_attention_mask(*, config: Any = None, **arguments: Any) -> Tensor | N
     """A mask that `huggingface_pattern.read_mask` reads; None where every query sees every key and the model itself
     allows None for that.
 
-    Transformers calls it through AttentionMaskInterface, with the arguments of `_make_mask`. Raises NotImplementedError,
-    by name, unless the models of `config` will call our attention function, and as `_make_mask` does.
+    Transformers calls it through AttentionMaskInterface, with the arguments of `_make_mask`. Raises
+    NotImplementedError, by name, unless the models of `config` will call our attention function, and as `_make_mask`
+    does.
     """
     if config is not None:
         check_config(config)
@@ -68,9 +69,9 @@ def _make_mask(
     `q_offset` (a 0-d tensor with a static cache) and `kv_offset`
     are the positions of the first query and of the first key; `attention_mask` is (B, number of positions so far).
 
-    A window is counted only if some key may lie outside. Queries stand at the end of the keys, unless a static cache has
-    room behind them for keys to come; these keys are not written yet. A causal mask is never None, since not all models
-    take None for causal attention.
+    A window is counted only if some key may lie outside. Queries stand at the end of the keys, unless a static cache
+    has room behind them for keys to come; these keys are not written yet. A causal mask is never None, since not all
+    models take None for causal attention.
 
     Raises NotImplementedError, naming what `mask_function` asks for that the op does not know, and ValueError for a
     window that is not the configuration's.
@@ -262,7 +263,3 @@ def _traced(
     )
     window, size = (NO_WINDOW, 0) if local_size is None else (SLIDING, local_size)
     return Wanted(not is_bidirectional, window, size, document_starts=~sees(-1))
-
-
-def describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

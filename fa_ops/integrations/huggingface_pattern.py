@@ -11,11 +11,11 @@ must be taken for it. So it is int64 (B or 1, pattern, rows, K or 1), and every 
   so that this one may be cut out, and any other cut shows;
 - the state of the key: not written yet, hidden, or visible (in a packed batch: the first of its document).
 
-The mask function also leaves what it knows on the tensor object. The attention function takes it from there, at no cost,
-while the object is the same and nobody wrote into it. Of every other tensor it reads the elements, once for each.
+The mask function also leaves what it knows on the tensor object. The attention function takes it from there, at no
+cost, while the object is the same and nobody wrote into it. Of every other tensor it reads the elements, once for each.
 
-A mask that is handed out and does not come back is noticed, too: where a model calls attention without a mask, while one
-that hides keys waits for a call of these sizes and this configuration.
+A mask that is handed out and does not come back is noticed, too: where a model calls attention without a mask, while
+one that hides keys waits for a call of these sizes and this configuration.
 """
 
 import weakref
@@ -255,7 +255,9 @@ def _is_as_made(mask: Tensor, number: int, q_length: int, kv_length: int) -> Ten
     is_ours &= last == last[:, :1]
     if not pattern.is_aligned:
         return is_ours.all()
-    is_ours &= (mask == last[:, :, None] + torch.arange(rows - 1, -1, -1, device=mask.device)[:, None] * (1 << ROW)).all(2)
+    is_ours &= (
+        mask == last[:, :, None] + torch.arange(rows - 1, -1, -1, device=mask.device)[:, None] * (1 << ROW)
+    ).all(2)
     if rows != 1 or q_length != 1:
         is_ours &= (last >> QUERIES) & QUERIES_MASK == q_length & QUERIES_MASK
         is_ours &= torch.full_like(is_ours, rows == min(q_length, MOST_ROWS))

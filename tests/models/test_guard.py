@@ -71,7 +71,9 @@ class UserModel(PreTrainedModel):
         self.attention = self.attention_class(config)
 
     def forward(self, x, attention_mask=None):
-        mask = create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None
+        )
         return self.attention(x, mask)
 
 
@@ -204,7 +206,9 @@ def test_transformers_own_models_that_compute_attention_themselves(model_class, 
         lambda: model_class.from_pretrained(tmp_path, attn_implementation=ATTENTION_NAME),
         lambda: model_class(config_class(**SIZES, num_hidden_layers=1, attn_implementation=ATTENTION_NAME)),
     ):
-        with pytest.raises(NotImplementedError, match=rf"{model_class.__name__}: \w+Attention computes attention itself"):
+        with pytest.raises(
+            NotImplementedError, match=rf"{model_class.__name__}: \w+Attention computes attention itself"
+        ):
             load()
     model = model_class.from_pretrained(tmp_path)
     model.config._attn_implementation = ATTENTION_NAME

@@ -197,8 +197,8 @@ def test_written_into(kind, size, padding):
 
 DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.float64)
 SHAPES = (
-    (BATCH, 1, 1, 6), (BATCH, HEADS, 1, 6), (1, 1, 1, 6), (BATCH, 2, 2, 6), (BATCH, 1, 2, 6), (1, 1, 1, 1), (1, 2, 1, 1),
-    (BATCH, 1, 3, 6), (BATCH, 6),
+    (BATCH, 1, 1, 6), (BATCH, HEADS, 1, 6), (1, 1, 1, 6), (BATCH, 2, 2, 6), (BATCH, 1, 2, 6), (1, 1, 1, 1),
+    (1, 2, 1, 1), (BATCH, 1, 3, 6), (BATCH, 6),
 )  # fmt: skip
 
 
@@ -207,7 +207,9 @@ SHAPES = (
 def test_masks_that_the_caller_made(dtype, q_length):
     module = tiny_model("llama").cpu().model.layers[0].self_attn
     query, key = torch.randn(BATCH, HEADS, q_length, DIM), torch.randn(BATCH, HEADS, 6, DIM)
-    for mask in (make(shape).to(dtype) for shape in SHAPES for make in (torch.ones, torch.zeros, lambda s: torch.rand(s) > 0.5)):
+    for mask in (
+        make(shape).to(dtype) for shape in SHAPES for make in (torch.ones, torch.zeros, lambda s: torch.rand(s) > 0.5)
+    ):
         with pytest.raises(NotImplementedError, match="attention_mask"):
             triton_attention_forward(module, query, key, key, mask)
 

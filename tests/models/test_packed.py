@@ -135,7 +135,7 @@ def test_the_collator_that_flattens_with_seq_idx():
     torch.testing.assert_close(model(**batch).logits[0], expected)
     without = {name: batch[name] for name in ("input_ids", "position_ids", "seq_idx", "labels")}
     torch.testing.assert_close(model(**without).logits[0], expected)
-    with pytest.raises(NotImplementedError, match="seq_idx .* without cu_seq_lens_q .* and without position_ids"):
+    with pytest.raises(NotImplementedError, match=r"seq_idx .* without cu_seq_lens_q .* and without position_ids"):
         triton_attention_forward(
             model.model.layers[0].self_attn, *(torch.randn(1, 4, 5, 16, device=DEVICE),) * 3, None,
             seq_idx=torch.zeros(1, 5, device=DEVICE),
