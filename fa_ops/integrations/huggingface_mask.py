@@ -113,7 +113,7 @@ def _make_mask(
     if has_room and wanted.is_causal:
         written = (torch.arange(kv_length, device=device) <= last_key).expand(batch_size, kv_length)
         masks.append(written)
-    pattern = MaskPattern(wanted.is_causal, window, hides_keys=bool(masks))
+    pattern = MaskPattern(wanted.is_causal, window, hides_keys=len(masks) > 0)
     if masks:
         return make_mask(pattern, KeyStates(reduce(torch.logical_and, masks), written), **to_mask)
     if not pattern.is_aligned and hints_for_other_backends.get("allow_is_bidirectional_skip", False):

@@ -163,7 +163,7 @@ def make_mask(
 
 
 def _rows(q_length: int) -> int:
-    return torch.sym_min(q_length, MOST_ROWS)
+    return min(q_length, MOST_ROWS)
 
 
 def _remember(mask: Tensor, pattern: MaskPattern, states: KeyStates, q_length: int, kv_length: int) -> None:
