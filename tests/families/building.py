@@ -1,0 +1,149 @@
+"""Transformers' families, and a tiny model of each: the most telling class over a shrunk default configuration."""
+
+import copy
+import importlib
+import tempfile
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from fa_ops.integrations.huggingface import ATTENTION_NAME
+from tests.families.shrinking import BOS, EOS, PAD, Shrinker
+
+MAX_PARAMETERS = 20_000_000
+
+# The classes that say most about attention come first: those that generate and those with logits for each token.
+MAPPINGS = (
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_MASKED_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+    "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_CAUSAL_LM", "MODEL", "MODEL_FOR_TEXT_TO_WAVEFORM", "MODEL_FOR_RETRIEVAL",
+)  # fmt: skip
+
+
+class NotBuilt(Exception):
+    """Says why no tiny model of a family could be made here."""
+
+
+@cache
+def classes() -> dict[str, str]:
+    """The name of the model class by model type; model types that no auto class loads are parts of others."""
+    found: dict[str, str] = {}
+    first = [f"{name}_MAPPING_NAMES" for name in MAPPINGS]
+    others = sorted(n for n in vars(modeling_auto) if n.startswith("MODEL_FOR") and n.endswith("_MAPPING_NAMES"))
+    for mapping in (*first, *others):
+        for family, name in getattr(modeling_auto, mapping, {}).items():
+            found.setdefault(family, name if isinstance(name, str) else name[0])
+    return {family: name for family, name in sorted(found.items()) if family in configuration_auto.CONFIG_MAPPING_NAMES}
+
+
+def families() -> list[str]:
+    return list(classes())
+
+
+def model_class(family: str) -> type[PreTrainedModel]:
+    module = configuration_auto.model_type_to_module_name(family)
+    name = classes()[family]
+    for place in (f"transformers.models.{module}", "transformers"):
+        if found := getattr(importlib.import_module(place), name, None):
+            return found
+    raise NotBuilt(f"{name} is not in transformers.models.{module}")
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    config_class = configuration_auto.CONFIG_MAPPING[family]
+    return Shrinker(family).shrunk(config_class)
+
+
+def parameters_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int | None:
+    """How many a model would have; None where it cannot be made without memory for them."""
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except Exception:
+        return None
+    return sum(p.numel() for p in model.parameters())
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """With eager attention, float32 weights that make its outputs depend on attention, and no dropout."""
+    try:
+        cls, config = model_class(family), tiny_config(family)
+        count = parameters_of(cls, copy.deepcopy(config))
+        if count is not None and count > MAX_PARAMETERS:
+            raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
+        torch.manual_seed(seed)
+        model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    except NotBuilt:
+        raise
+    except Exception as error:
+        raise NotBuilt(first_line(error)) from error
+    if (count := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
+        raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
+    draw_weights(model, seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    if model.can_generate():
+        model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    return model.eval()
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Weights as of a trained model in size: scores that differ, gates that are open, norms and biases of their own.
+
+    Initial weights would hide faults: with scores near 0 attention is a mean, and behind a gate of 0 it is nothing.
+    """
+    random = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.is_floating_point():
+                continue
+            noise = torch.randn(weight.shape, generator=random)
+            with torch.no_grad():
+                if isinstance(module, nn.Embedding):
+                    weight.copy_(0.5 * noise)
+                elif weight.ndim >= 2:
+                    fan_in = weight[0].numel() if isinstance(module, nn.modules.conv._ConvNd) else weight.shape[-1]
+                    weight.copy_(1.4 * fan_in**-0.5 * noise)
+                elif name == "sinks" or not weight.isfinite().all() or weight.abs().max() > 1e3:
+                    weight.copy_(noise)
+                elif (weight == weight.flatten()[0]).all():
+                    first = float(weight.flatten()[0])
+                    is_closed = (weight.numel() == 1 and first == 0) or 0 < abs(first) < 0.05
+                    weight.copy_((0.5 if is_closed else first) + 0.1 * noise)
+
+
+def loaded_as_ours(eager: PreTrainedModel) -> PreTrainedModel:
+    """As a user has it: saved, and loaded with the name of our implementation; then with eager's very weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            eager.save_pretrained(folder)
+            type(eager).from_pretrained(folder, attn_implementation="eager")
+        except Exception:  # nothing to do with attention: what cannot be loaded is constructed
+            config = copy.deepcopy(eager.config)
+            ours = type(eager)._from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32)
+        else:
+            ours = type(eager).from_pretrained(folder, attn_implementation=ATTENTION_NAME)
+    with torch.no_grad():
+        for (name, ours_tensor), (_, eager_tensor) in zip(_tensors(ours), _tensors(eager), strict=True):
+            assert ours_tensor.shape == eager_tensor.shape, name
+            ours_tensor.copy_(eager_tensor)
+    for ours_module, eager_module in zip(ours.modules(), eager.modules(), strict=True):
+        if isinstance(eager_module, nn.modules.dropout._DropoutNd):
+            ours_module.p = 0.0
+    if eager.can_generate():
+        ours.generation_config = copy.deepcopy(eager.generation_config)
+    return ours.eval()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def first_line(error: BaseException) -> str:
+    """A message short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2])
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,245 @@
+"""Compares our attention with eager's on one family, scenario by scenario, and says what became of each.
+
+Floating-point error has one rule. A difference up to `ROUNDING` of the largest element passes. A larger one passes up
+to `MARGIN` times the change of eager's own result when its weights change by rounding errors. Where that change is
+beyond `CHAOS`, nothing can be compared. A difference that another draw of weights does not show again was a tie, such
+as two experts or two tokens that were as good.
+"""
+
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from fa_ops.integrations.huggingface import ATTENTION_NAME, register_triton_attention
+from tests.families.building import NotBuilt, first_line, loaded_as_ours, tiny_model
+from tests.families.inputs import Arguments, Inputs
+from tests.families.scenarios import Results, Run, Scenario, forward, scenarios
+
+ROUNDING = 1e-5
+MARGIN = 10
+CHAOS = 1e-2
+WEIGHTS_CHANGE = 1e-6
+DRAWS = 3
+
+RIGHT, REFUSED, WRONG, CRASHED, NOT_APPLICABLE = "right", "refused", "wrong", "crashed", "not applicable"
+REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError)
+NAMES = (ATTENTION_NAME, "fa_ops")
+
+
+@dataclass
+class Outcome:
+    """Of one scenario."""
+
+    state: str
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """Of one family."""
+
+    family: str
+    state: str
+    reason: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    model: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def distance(ours: Results, eager: Results) -> tuple[float, str]:
+    """The largest difference as a share of the largest element of its tensor, and the tensor's name."""
+    if ours.keys() != eager.keys():
+        return float("inf"), f"results {sorted(ours)} for {sorted(eager)}"
+    largest = max((float(t.detach().nan_to_num(0, 0, 0).abs().max()) for t in eager.values()), default=0.0)
+    worst, where = 0.0, ""
+    for name, expected in eager.items():
+        actual = ours[name]
+        if actual.shape != expected.shape or not torch.equal(actual.isfinite(), expected.isfinite()):
+            return float("inf"), f"{name}: shape or NaN"
+        finite = expected.isfinite()
+        if not finite.any():
+            continue
+        size = max(float(expected[finite].abs().max()), 1e-2 * largest, 1e-30)
+        if (share := float((actual[finite] - expected[finite]).abs().max()) / size) > worst:
+            worst, where = share, name
+    return worst, where
+
+
+def outcome_of(scenario: Scenario, eager: PreTrainedModel, ours: PreTrainedModel) -> Outcome:
+    try:
+        expected = scenario.run(eager)
+    except Exception as error:
+        return Outcome(NOT_APPLICABLE, f"eager: {first_line(error)}")
+    if not expected or all(not t.isfinite().any() for t in expected.values()):
+        return Outcome(NOT_APPLICABLE, "eager: no finite result")
+    try:
+        actual = scenario.run(ours)
+    except Exception as error:
+        return failure(error)
+    found, where = distance(actual, expected)
+    if found <= ROUNDING:
+        return Outcome(RIGHT)
+    noise = rounding_noise(scenario.run, eager, expected)
+    if found <= MARGIN * noise <= CHAOS:
+        return Outcome(RIGHT)
+    if noise > CHAOS:
+        return Outcome(NOT_APPLICABLE, f"eager: rounding errors of the weights change its results by {noise:.1e}")
+    for other in scenario.also:
+        try:
+            if distance(actual, other(eager))[0] <= max(ROUNDING, MARGIN * noise):
+                return Outcome(RIGHT, "as documents that are told apart")
+        except Exception:
+            continue
+    if scenario.leak is not None:
+        leak = distance(scenario.leak(eager), expected)[0]
+        if leak > max(ROUNDING, MARGIN * noise):
+            return Outcome(NOT_APPLICABLE, f"eager: padding reaches tokens, and changes them by {leak:.1e}")
+    return Outcome(WRONG, f"{where} differs by {found:.1e} of its size")
+
+
+def rounding_noise(run: Run, eager: PreTrainedModel, expected: Results) -> float:
+    """How far eager's result moves when every weight changes by a few rounding errors."""
+    weights = [p for p in eager.parameters() if p.is_floating_point()]
+    kept = [w.detach().clone() for w in weights]
+    noise = 0.0
+    try:
+        for seed in range(2):
+            random = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for weight, value in zip(weights, kept, strict=True):
+                    weight.copy_(value * (1 + WEIGHTS_CHANGE * torch.randn(value.shape, generator=random)))
+            noise = max(noise, distance(run(eager), expected)[0])
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+    return noise
+
+
+def failure(error: Exception) -> Outcome:
+    """A refusal names us; whatever else is raised where eager works is a crash."""
+    if isinstance(error, REFUSALS) and any(name in str(error) for name in NAMES):
+        return Outcome(REFUSED, str(error).strip())
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = "/".join(last.filename.split("/")[-2:])
+    return Outcome(CRASHED, f"{first_line(error)} ({place}:{last.lineno})")
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of our op."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "modelopt"
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(model: PreTrainedModel, arguments: Arguments) -> int:
+    with Calls() as calls:
+        forward(model, arguments)
+    return calls.count
+
+
+@dataclass
+class Pair:
+    """One draw of a family: the models, and arguments that run with eager attention."""
+
+    eager: PreTrainedModel
+    inputs: Inputs
+    arguments: Arguments
+    seed: int
+    ours: PreTrainedModel | None = None
+
+    @classmethod
+    def of(cls, family: str, seed: int = 0) -> "Pair":
+        eager = tiny_model(family, seed)
+        inputs = Inputs(eager, seed)
+        reasons: list[str] = []
+        for arguments in inputs.candidates():
+            try:
+                results = forward(eager, arguments)
+            except Exception as error:
+                reasons.append(first_line(error))
+                continue
+            if results and any(t.isfinite().any() for t in results.values()):
+                return cls(eager, inputs, arguments, seed)
+            reasons.append("eager gives no finite numbers")
+        if missing := inputs.missing():
+            raise NotBuilt(f"no inputs: nothing is known of {', '.join(sorted(missing))}")
+        raise NotBuilt(f"no inputs: {reasons[0] if reasons else 'forward takes none that is known'}")
+
+    def scenarios(self) -> dict[str, Scenario]:
+        return {s.name: s for s in scenarios(self.eager, self.inputs, self.arguments)}
+
+
+def examine(family: str, names: tuple[str, ...] | None = None) -> Report:
+    """All scenarios of a family, or those that are named."""
+    register_triton_attention()
+    try:
+        pair = Pair.of(family)
+    except NotBuilt as error:
+        return Report(family, "not built", str(error))
+    report = Report(family, "", model=type(pair.eager).__name__)
+    try:
+        pair.ours = loaded_as_ours(pair.eager)
+    except Exception as error:
+        loading = failure(error)
+        report.outcomes["loading"] = loading
+        return _concluded(report, pair)
+    for name, scenario in pair.scenarios().items():
+        if names is None or name in names:
+            outcome = outcome_of(scenario, pair.eager, pair.ours)
+            report.outcomes[name] = _confirmed(family, name) if outcome.state == WRONG else outcome
+    if report.outcomes["no padding"].state == RIGHT:
+        report.calls = calls_of(pair.ours, pair.arguments)
+    return _concluded(report, pair)
+
+
+def _confirmed(family: str, name: str) -> Outcome:
+    """What most draws say."""
+    outcomes = []
+    for seed in range(DRAWS):
+        pair = Pair.of(family, seed)
+        outcomes.append(outcome_of(pair.scenarios()[name], pair.eager, loaded_as_ours(pair.eager)))
+    state, count = Counter(outcome.state for outcome in outcomes).most_common(1)[0]
+    outcome = next(outcome for outcome in outcomes if outcome.state == state)
+    return Outcome(state, f"{outcome.reason} ({count} of {DRAWS} draws)") if count < DRAWS else outcome
+
+
+def _concluded(report: Report, pair: Pair) -> Report:
+    by_state: dict[str, list[str]] = {}
+    for name, outcome in report.outcomes.items():
+        by_state.setdefault(outcome.state, []).append(name)
+    for state in (WRONG, CRASHED, REFUSED):
+        if names := by_state.get(state):
+            report.state, report.reason = state, f"{', '.join(names)}: {report.outcomes[names[0]].reason}"
+            break
+    right, refused = by_state.get(RIGHT, []), by_state.get(REFUSED, [])
+    if report.state == REFUSED:
+        if right:
+            report.state = "right in part"
+        elif not _uses_interface(pair.eager):
+            report.state = "own attention"
+    elif not report.state:
+        if not right:
+            report.state, report.reason = "not built", next(iter(report.outcomes.values())).reason
+        elif report.calls:
+            report.state = RIGHT
+        else:
+            report.state = "not called"
+            report.reason = "attention of its own" if not _uses_interface(pair.eager) else ""
+    return report
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether Transformers says so of the model and all models in it."""
+    return all(m._can_set_attn_implementation() for m in model.modules() if isinstance(m, PreTrainedModel))

@@ -1,0 +1,182 @@
+"""What is compared: calls of a model that run with eager attention and with ours, and what of their results counts."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.families.inputs import LENGTH, ROWS, Arguments, Inputs, with_padding
+
+NEW_TOKENS = 4
+DOCUMENTS = (5, 1, LENGTH - 6)
+SKIPPED_OUTPUTS = ("past_key_values", "attentions", "hidden_states", "cache", "loss", "mems", "rope_deltas")
+
+Results = dict[str, Tensor]
+Run = Callable[[PreTrainedModel], Results]
+
+
+@dataclass
+class Scenario:
+    """A call to compare. `also`: other calls of eager whose results are right, too. `leak`: the same call of eager
+    with other tokens under the padding; a model that it changes lets padding reach tokens by itself."""
+
+    name: str
+    run: Run
+    also: list[Run] = field(default_factory=list)
+    leak: Run | None = None
+
+
+def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
+    """Those that a model has the arguments for, whether or not eager attention can run them."""
+    ids = arguments.get("input_ids")
+    is_text = ids is not None and ids.ndim == 2 and ids.shape[0] == ROWS and "attention_mask" in inputs.names
+    yield Scenario("no padding", lambda m: forward(m, arguments))
+    padded = {padding: _padded(arguments, padding, inputs) for padding in ("right", "left", "holes")} if is_text else {}
+    for padding, (given, other, masks) in padded.items():
+        name = padding if padding == "holes" else f"{padding} padding"
+        yield Scenario(
+            name,
+            lambda m, given=given, masks=masks: forward(m, given, masks),
+            leak=lambda m, other=other, masks=masks: forward(m, other, masks),
+        )
+    if is_text:
+        yield from _packed(inputs, arguments)
+    given, other, masks = padded.get("right", (arguments, None, {}))
+    yield Scenario(
+        "gradients",
+        lambda m: gradients(m, given, masks),
+        leak=None if other is None else lambda m: gradients(m, other, masks),
+    )
+    if model.can_generate():
+        yield from _generated(inputs, arguments, padded)
+
+
+def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> tuple[Arguments, Arguments, dict[int, Tensor]]:
+    """Arguments, the same with other tokens under the padding, and the masks by the length that they belong to."""
+    given, other, masks = dict(arguments), dict(arguments), {}
+    for prefix in ("", "decoder_"):
+        if f"{prefix}attention_mask" not in inputs.names:
+            continue
+        if (with_mask := with_padding(arguments, padding, prefix)) is None:
+            continue
+        mask = with_mask[f"{prefix}attention_mask"]
+        given |= {name: with_mask[name] for name in (f"{prefix}input_ids", f"{prefix}attention_mask")}
+        other[f"{prefix}attention_mask"] = mask
+        masks[mask.shape[1]] = mask.bool()
+    return given, other, masks
+
+
+def _packed(inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
+    """One row of documents whose positions restart, and one whose positions jump.
+
+    Eager attention tells documents apart only in some models and only without a cache. To tell them apart anywhere is
+    right, too.
+    """
+    if "position_ids" not in inputs.names or arguments.keys() != {"input_ids"}:
+        return
+    ids = arguments["input_ids"][:1]
+    restarting = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    jumping = torch.cat([torch.arange(6), torch.arange(20, 20 + LENGTH - 6)])[None]
+
+    def call(positions: Tensor, **options: Any) -> Run:
+        return lambda m: forward(m, {"input_ids": ids, "position_ids": positions, **options})
+
+    def alone(model: PreTrainedModel) -> Results:
+        results = [forward(model, {"input_ids": document}) for document in ids.split(DOCUMENTS, dim=1)]
+        return {name: torch.cat([r[name] for r in results], dim=1) for name in results[0]}
+
+    yield Scenario("packed, no cache", call(restarting, use_cache=False), also=[alone])
+    yield Scenario("packed", call(restarting), also=[call(restarting, use_cache=False), alone])
+    yield Scenario("jumping positions", call(jumping))
+
+
+def _generated(inputs: Inputs, arguments: Arguments, padded: dict) -> Iterator[Scenario]:
+    prompt = {name: value for name, value in arguments.items() if not name.startswith("decoder_")}
+    prompts = {"": (prompt, None)}
+    if "left" in padded:
+        given, other, _ = padded["left"]
+        keep = {*prompt, "attention_mask"}
+        prompts[", left padding"] = tuple({n: v for n, v in a.items() if n in keep} for a in (given, other))
+    for cache in ("dynamic", "static"):
+        options = {"cache_implementation": cache} if cache == "static" else {}
+        for suffix, (given, other) in prompts.items():
+            yield Scenario(
+                f"generate, {cache} cache{suffix}",
+                lambda m, given=given, options=options: generated(m, given, **options),
+                leak=None if other is None else lambda m, other=other, options=options: generated(m, other, **options),
+            )
+    given, other = prompts.get(", left padding", (prompt, None))
+    yield Scenario(
+        "beams",
+        lambda m: generated(m, given, num_beams=2),
+        leak=None if other is None else lambda m: generated(m, other, num_beams=2),
+    )
+
+
+# Calls.
+
+
+def forward(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor] | None = None) -> Results:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return valid(tensors_of(model(**_copied(arguments))), masks or {})
+
+
+def gradients(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor]) -> Results:
+    """Of all parameters in training, for a loss that weighs every element of the results at random."""
+    torch.manual_seed(0)
+    model.train()
+    try:
+        model.zero_grad()
+        results = valid(tensors_of(model(**_copied(arguments))), masks)
+        random = torch.Generator().manual_seed(0)
+        loss = sum((t * torch.randn(t.shape, generator=random)).mean() for t in results.values() if t.requires_grad)
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.zero_grad()
+        model.eval()
+
+
+def generated(model: PreTrainedModel, arguments: Arguments, **options: Any) -> Results:
+    """The logits of each step of greedy decoding or of a search by beams."""
+    torch.manual_seed(0)
+    made = model.generate(
+        **_copied(arguments), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, disable_compile=True, **options,
+    )  # fmt: skip
+    return {f"step {i}": logits.float() for i, logits in enumerate(made.logits)}
+
+
+def _copied(arguments: Arguments) -> Arguments:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def tensors_of(output: Any, name: str = "") -> Results:
+    """Tensors in floating point anywhere in a model's output, without caches and what is asked for in training."""
+    if isinstance(output, Tensor):
+        return {name: output} if output.is_floating_point() and output.numel() else {}
+    if isinstance(output, dict):
+        parts = output.items()
+    elif isinstance(output, list | tuple):
+        parts = enumerate(output)
+    else:
+        return {}
+    found: Results = {}
+    for key, value in parts:
+        if not any(skipped in str(key) for skipped in SKIPPED_OUTPUTS) or str(key) == "last_hidden_state":
+            found |= tensors_of(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def valid(results: Results, masks: dict[int, Tensor]) -> Results:
+    """What belongs to tokens: of padded calls no padding, and nothing that a model takes from a fixed position."""
+    by_token = {
+        name: t[masks[t.shape[1]]]
+        for name, t in results.items()
+        if t.ndim >= 2 and t.shape[0] == ROWS and t.shape[1] in masks
+    }
+    return by_token or results
