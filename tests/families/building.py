@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from fa_ops.integrations.huggingface import ATTENTION_NAME
+from tests.families.overrides import CLASSES
 from tests.families.shrinking import BOS, EOS, PAD, Shrinker
 
 MAX_PARAMETERS = 20_000_000
@@ -27,15 +28,15 @@ class NotBuilt(Exception):
 
 
 @cache
-def classes() -> dict[str, str]:
-    """The name of the model class by model type; model types that no auto class loads are parts of others."""
-    found: dict[str, str] = {}
+def classes() -> dict[str, list[str]]:
+    """The names of model classes by model type; model types that no auto class loads are parts of others."""
+    found: dict[str, list[str]] = {}
     first = [f"{name}_MAPPING_NAMES" for name in MAPPINGS]
     others = sorted(n for n in vars(modeling_auto) if n.startswith("MODEL_FOR") and n.endswith("_MAPPING_NAMES"))
     for mapping in (*first, *others):
         for family, name in getattr(modeling_auto, mapping, {}).items():
-            found.setdefault(family, name if isinstance(name, str) else name[0])
-    return {family: name for family, name in sorted(found.items()) if family in configuration_auto.CONFIG_MAPPING_NAMES}
+            found.setdefault(family, []).append(name if isinstance(name, str) else name[0])
+    return {family: names for family, names in sorted(found.items()) if family in configuration_auto.CONFIG_MAPPING_NAMES}
 
 
 def families() -> list[str]:
@@ -44,11 +45,11 @@ def families() -> list[str]:
 
 def model_class(family: str) -> type[PreTrainedModel]:
     module = configuration_auto.model_type_to_module_name(family)
-    name = classes()[family]
-    for place in (f"transformers.models.{module}", "transformers"):
-        if found := getattr(importlib.import_module(place), name, None):
-            return found
-    raise NotBuilt(f"{name} is not in transformers.models.{module}")
+    for name in filter(None, (CLASSES.get(family), *classes()[family])):
+        for place in (f"transformers.models.{module}", "transformers"):
+            if found := getattr(importlib.import_module(place), name, None):
+                return found
+    raise NotBuilt(f"{classes()[family][0]} is not in transformers.models.{module}")
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
@@ -82,9 +83,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     if (count := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
         raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
     draw_weights(model, seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+    without_dropout(model)
     if model.can_generate():
         model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     return model.eval()
@@ -126,20 +125,28 @@ def loaded_as_ours(eager: PreTrainedModel) -> PreTrainedModel:
             ours = type(eager)._from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32)
         else:
             ours = type(eager).from_pretrained(folder, attn_implementation=ATTENTION_NAME)
-    with torch.no_grad():
-        for (name, ours_tensor), (_, eager_tensor) in zip(_tensors(ours), _tensors(eager), strict=True):
-            assert ours_tensor.shape == eager_tensor.shape, name
-            ours_tensor.copy_(eager_tensor)
-    for ours_module, eager_module in zip(ours.modules(), eager.modules(), strict=True):
-        if isinstance(eager_module, nn.modules.dropout._DropoutNd):
-            ours_module.p = 0.0
+    _make_equal(ours, eager)
     if eager.can_generate():
         ours.generation_config = copy.deepcopy(eager.generation_config)
     return ours.eval()
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+def _make_equal(ours: nn.Module, eager: nn.Module) -> None:
+    """Weights, buffers and what a module's constructor sets; loading loses some of them."""
+    of_eager = {**dict(eager.named_parameters()), **dict(eager.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in (*ours.named_parameters(), *ours.named_buffers()):
+            if name in of_eager and tensor.shape == of_eager[name].shape:
+                tensor.copy_(of_eager[name])
+    for name, weight in ours.named_parameters():
+        weight.requires_grad_(of_eager[name].requires_grad)
+    without_dropout(ours)
+
+
+def without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
 
 
 def first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ DRAWS = 3
 RIGHT, REFUSED, WRONG, CRASHED, NOT_APPLICABLE = "right", "refused", "wrong", "crashed", "not applicable"
 REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError)
 NAMES = (ATTENTION_NAME, "fa_ops")
+UNNAMED = "raised by us, but names neither fa_ops nor its implementation: "
 
 
 @dataclass
@@ -58,7 +59,7 @@ def distance(ours: Results, eager: Results) -> tuple[float, str]:
     """The largest difference as a share of the largest element of its tensor, and the tensor's name."""
     if ours.keys() != eager.keys():
         return float("inf"), f"results {sorted(ours)} for {sorted(eager)}"
-    largest = max((float(t.detach().nan_to_num(0, 0, 0).abs().max()) for t in eager.values()), default=0.0)
+    largest = max((float(t.detach().nan_to_num(0, 0, 0).abs().max()) for t in eager.values() if t.numel()), default=0.0)
     worst, where = 0.0, ""
     for name, expected in eager.items():
         actual = ours[name]
@@ -130,7 +131,8 @@ def failure(error: Exception) -> Outcome:
         return Outcome(REFUSED, str(error).strip())
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = "/".join(last.filename.split("/")[-2:])
-    return Outcome(CRASHED, f"{first_line(error)} ({place}:{last.lineno})")
+    is_ours = "/fa_ops" in last.filename and (last.line or "").startswith("raise")
+    return Outcome(CRASHED, f"{UNNAMED if is_ours else ''}{first_line(error)} ({place}:{last.lineno})")
 
 
 class Calls(TorchDispatchMode):

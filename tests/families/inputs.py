@@ -126,8 +126,8 @@ class Inputs:
         return self.noise(ROWS, *between, channels, *self.image_size())
 
     def image_size(self) -> tuple[int, int]:
-        size = find(self.config, "image_size", "img_size", "input_size", default=32, **self.vision)
-        return pair(size if isinstance(size, int | list | tuple) else 32)
+        size = find(self.config, "image_size", "img_size", "input_size", default=64, **self.vision)
+        return pair(size if isinstance(size, int | list | tuple) else 64)
 
     def patch_size(self) -> int:
         return pair(find(self.config, "patch_size", default=8, **self.vision))[0]

@@ -70,7 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r".*(dropout|drop_rate|pdrop|drop_path_rate|layerdrop|drop_prob|dropout_prob|dropout_rate|dropout_p)", zero),
     (r"(activation|hidden|attention|classifier|resid|embd|attn)_?dropout.*|router_jitter_noise|.*jitter.*", zero),
     (r"mask_(time|feature)_prob|mask_ratio|.*layerdrop.*|label_noise_ratio", zero),
-    (r"vocab_size|.*_vocab_size|.*vocabulary_size|text_vocab_size", each_at_most(VOCABULARY)),
+    (r".*vocab_size.*|.*vocabulary_size|.*_group_vocab", each_at_most(VOCABULARY)),
     (r"(num_)?(key_value|kv|kv_attention|.*key_value|.*_kv)_heads|n_head_kv|num_kv_heads|multi_query_group_num", key_heads),
     (r"(.*_)?(num_attention_heads|attention_heads|num_heads|n_heads?|heads|nhead|num_.*_heads)", heads),
     (r"(qk_nope|qk_rope|v|qk|.*)_?head_dim|head_size|attention_head_size|d_kv|kv_channels|dim_head", each_at_most(HEAD_DIM)),
@@ -80,7 +80,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_group|topk_group|num_expert_group", each_at_most(1)),
     (r"n_shared_experts|first_k_dense_replace|num_dense_layers", each_at_most(1)),
     (r"sliding_window(_size)?|attention_window_size|local_window_size", each_at_most(WINDOW)),
-    (r"attention_chunk_size", each_at_most(8)),
+    (r"window_size", each_at_most(2)),
+    (r"attention_chunk_size|rotary_dim|rotary_emb_dim|num_filters", each_at_most(8)),
+    (r"global_attn_indexes|global_attention_blocks", lambda value: type(value)([1]) if value else value),
     (r"depths|(.*_)?depth|num_blocks|.*num_blocks_per_.*|block_repeat|layers_per_block", each_at_most(LAYERS)),
     (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|num_.*_layers|num_encoder_blocks)", each_at_most(LAYERS)),
     (r"max_window_layers|full_attention_interval|attn_layer_period|attention_interval", each_at_most(1)),
@@ -94,8 +96,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"(.*_)?(moe|shared|expert)_.*intermediate_size", each_at_most(32)),
     (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|feedforward_dim|intermediate_dim)", each_at_most(HIDDEN)),
     (r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_dim|emb_dim|projection_dim|output_dim|dim)", each_at_most(HIDDEN)),
-    (r"(.*_)?(hidden_channels|proj_size|projection_size|codebook_size|codevector_dim|embedding_size|proj_dim)", each_at_most(HIDDEN)),
+    (r"(.*_)?(hidden_channels|proj_size|projection_size|codebook_size|codevector_dim|embedding_size|proj_dim|output_channels)", each_at_most(HIDDEN)),
     (r"hidden_size_.*|.*_hidden_size_.*|upsample_initial_channel", each_at_most(HIDDEN)),
+    (r"base_channels", each_at_most(32)),
     (r"num_queries|num_denoising|num_query_tokens|train_num_points|num_latents|num_object_queries", each_at_most(6)),
     (r"mamba_d_state|state_size|ssm_state_size|mamba_chunk_size|chunk_size", each_at_most(16)),
 )  # fmt: skip
@@ -118,22 +121,32 @@ class Shrinker:
         given = {name: value() if callable(value) else value for name, value in changes.items()}
         if not given.pop("shrink", True):
             return config_class(**given)
-        return self._of(config_class(**{k: v for k, v in given.items() if isinstance(v, PreTrainedConfig)}), given)
+        parts = {name: value for name, value in given.items() if name in config_class.sub_configs}
+        try:
+            default = config_class(**{n: v for n, v in parts.items() if isinstance(v, PreTrainedConfig)})
+        except Exception:  # not every configuration has a default
+            default = config_class(**parts)
+        return self._of(default, given)
 
     def _of(self, config: PreTrainedConfig, given: dict[str, Any]) -> PreTrainedConfig:
         arguments: dict[str, Any] = {}
         parts = getattr(type(config), "sub_configs", {})
+        untouched = _default_of(config)
         for field in fields(config):
-            value = getattr(config, field.name, None)
-            if field.name in given:
+            value = read(config, field.name)
+            if isinstance(value, PreTrainedConfig) and isinstance(given.get(field.name, {}), dict):
+                arguments[field.name] = self._of(value, self._changes(value) | given.get(field.name, {}))
+            elif field.name in given:
                 arguments[field.name] = given[field.name]
-            elif field.name in parts or isinstance(value, PreTrainedConfig):
-                if isinstance(value, PreTrainedConfig):
-                    arguments[field.name] = self._of(value, self._changes(value))
-            elif field.name in BY_LAYER:
+            elif field.name in parts:
                 continue
-            elif (changed := self._changed(field.name, value)) != value or value != _default(field):
+            elif field.name in (*BY_LAYER, "_out_features", "_out_indices") or _is_derived(field, value, config):
+                continue
+            elif field.name == "head_dim" and value is None:
+                arguments[field.name] = HEAD_DIM  # some models read it as it is
+            elif (changed := self._changed(field.name, value)) != value or value != read(untouched, field.name):
                 arguments[field.name] = changed
+        arguments |= _consistent(config, arguments) | _features(config, untouched)
         arguments |= {name: value for name, value in given.items() if name not in arguments}
         arguments |= _layers(config, arguments)
         return type(config)(**_plain(arguments))
@@ -157,10 +170,55 @@ class Shrinker:
         return self.tokens.setdefault(kind, FIRST_SPECIAL_TOKEN + len(self.tokens))
 
 
+def _is_derived(field: Any, value: Any, config: PreTrainedConfig) -> bool:
+    """Whether a list has an entry for each layer, which the configuration finds by itself."""
+    layers = read(config, "num_hidden_layers")
+    return _default(field) is None and isinstance(value, list | tuple) and len(value) == layers
+
+
+def _default_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What the class makes without arguments: what is equal there follows from other fields, or is the default."""
+    try:
+        return type(config)()
+    except Exception:
+        return config
+
+
+def read(config: PreTrainedConfig, name: str) -> Any:
+    """A field, or None where it differs by layer and refuses to be read."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return vars(config).get(name)
+
+
 def _default(field: Any) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return field.default
+
+
+def _consistent(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What depends on two fields."""
+    changes: dict[str, Any] = {}
+    of_queries, of_keys = read(config, "num_attention_heads"), read(config, "num_key_value_heads")
+    has_one_for_each = of_keys is not None and of_keys == of_queries
+    if "num_key_value_heads" in arguments and (has_one_for_each or arguments.get("kv_lora_rank")):
+        changes["num_key_value_heads"] = arguments.get("num_attention_heads", of_queries)
+    if isinstance(arguments.get("image_size"), int) and isinstance(patch := read(config, "patch_size"), int) and patch <= 4:
+        changes["image_size"] = 64  # each stage halves it
+    return changes
+
+
+def _features(config: PreTrainedConfig, untouched: PreTrainedConfig) -> dict[str, Any]:
+    """Of a backbone the layers or stages that it gives, as many as before."""
+    given = read(config, "out_features")
+    if not given or given == read(untouched, "out_features"):
+        return {}
+    if isinstance(read(config, "depths"), list | tuple) or not isinstance(read(config, "num_hidden_layers"), int):
+        return {"out_features": list(given)}
+    layers = max(LAYERS, len(given))
+    return {"num_hidden_layers": layers, "out_indices": list(range(layers - len(given) + 1, layers + 1))}
 
 
 def _layers(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +233,6 @@ def _layers(config: PreTrainedConfig, arguments: dict[str, Any]) -> dict[str, An
         kinds = list(dict.fromkeys(types))
         changes[name] = kinds if len(kinds) >= LAYERS else kinds * LAYERS
         changes["num_hidden_layers"] = len(changes[name])
-    count = changes.get("num_hidden_layers", LAYERS)
-    for name, value in vars(config).items():
-        if name == "mlp_layer_types" and isinstance(value, list | tuple) and name not in arguments:
-            changes[name] = [value[0], *[value[-1]] * (count - 1)]
     return changes
 
 
