@@ -19,7 +19,7 @@ from tests.families.building import NotBuilt, first_line, loaded_as_ours, tiny_m
 from tests.families.inputs import Arguments, Inputs
 from tests.families.scenarios import Results, Run, Scenario, forward, scenarios
 
-ROUNDING = 1e-5
+ROUNDING = 1e-4
 MARGIN = 10
 CHAOS = 1e-2
 WEIGHTS_CHANGE = 1e-6

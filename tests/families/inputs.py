@@ -18,7 +18,7 @@ from tests.families.shrinking import BOS, FIRST_SPECIAL_TOKEN, PAD
 ROWS = 2
 LENGTH, ENCODER_LENGTH = 13, 11
 FRAMES = 64  # of a spectrogram
-SAMPLES = 4000  # of a wave
+SAMPLES = 3840  # of a wave
 VIDEO_FRAMES = 2
 MAX_TRIALS = 40
 
@@ -85,8 +85,8 @@ class Inputs:
         decoder = {"decoder_input_ids"} & self.names
         first = ({self.main} & self.names) | self.required | decoder
         core = {name for name in CORE if name in self.names}
-        optional = {name for name in SHAPES if name in self.names}
-        sets = [first, first | (core & {"input_ids", "pixel_values", "bbox"}), first | core, first | core | optional]
+        optional = {name for name in SHAPES if name in self.names} - ALTERNATIVES
+        sets = [first, first | (core & {"input_ids", "pixel_values", "bbox"}), first | core, first | optional]
         unique: list[set[str]] = []
         for names in sets:
             if names and names not in unique and names <= SHAPES.keys():
@@ -136,6 +136,10 @@ class Inputs:
         """(B, 3): frames, rows and columns of patches of each image."""
         return torch.tensor([[1, 4, 4]] * ROWS)
 
+    def coordinates(self) -> Tensor:
+        """(B, 16, 2): row and column of each patch."""
+        return torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(ROWS, -1, -1)
+
     def patches(self, is_batched: bool = False) -> Tensor:
         channels = find(self.config, "num_channels", "in_channels", default=3, **self.vision)
         frames = pair(find(self.config, "temporal_patch_size", default=1, **self.vision))[0]
@@ -172,6 +176,7 @@ IMAGES: list[Shape] = [
     Inputs.image,
     lambda i: i.image(pair(find(i.config, "num_frames", default=VIDEO_FRAMES))[0]),
     lambda i: i.image(1),
+    lambda i: i.image(3),
     Inputs.patches,
     lambda i: i.patches(is_batched=True),
     lambda i: i.patches().unflatten(-1, (-1, i.patch_size(), i.patch_size())),
@@ -187,6 +192,7 @@ FEATURES: list[Shape] = [
 WAVES: list[Shape] = [
     lambda i: i.noise(ROWS, SAMPLES),
     lambda i: i.noise(ROWS, find(i.config, "audio_channels", default=1), SAMPLES),
+    lambda i: i.noise(ROWS, 1, SAMPLES),
     lambda i: i.noise(ROWS, find(i.config, "max_length", default=FRAMES), i.mels()),
     lambda i: i.noise(ROWS, FRAMES, i.mels()),
     lambda i: i.ids(ROWS, ENCODER_LENGTH),
@@ -239,9 +245,31 @@ SHAPES: dict[str, list[Shape]] = {
     "flattened_patches": [lambda i: i.noise(ROWS, 16, i.series("patch_embed_hidden_size") + 2)],
     "attention_mask": [lambda i: mask_of("none", ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH)],
     "pixel_attention_mask": [lambda i: torch.ones(ROWS, 16, dtype=torch.long)],
+    "input_features_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
+    "feature_attention_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
+    "is_longer": [lambda i: torch.zeros(ROWS, 1, dtype=torch.bool)],
+    "qformer_input_ids": [lambda i: i.ids(ROWS, LENGTH)],
+    "query_embeds": [lambda i: i.noise(ROWS, 4, i.series("hidden_size"))],
+    "noise_embeds": [lambda i: i.noise(ROWS, 4, i.series("hidden_size"))],
+    "context_hidden_states": [lambda i: i.noise(ROWS, LENGTH, i.series("hidden_size"))],
+    "audio_mel": [lambda i: i.noise(ROWS, FRAMES, i.series("input_feat_size"))],
+    "audio_mel_mask": [lambda i: torch.zeros(ROWS, FRAMES, dtype=torch.bool)],
+    "task_inputs": [lambda i: i.ids(ROWS, i.series("task_seq_len"))],
+    "prompt_pixel_values": [Inputs.image],
+    "prompt_masks": [Inputs.image],
+    "past_values_padding": [lambda i: torch.zeros(ROWS, i.series("context_length"), dtype=torch.long)],
+    "freq": [lambda i: torch.zeros(ROWS, 1, dtype=torch.long)],
+    "latents": [lambda i: i.noise(ROWS, LENGTH, i.series("hidden_size"))],
+    "state": [lambda i: i.noise(ROWS, i.series("max_state_dim", "state_dim"))],
+    "image_position_ids": [Inputs.coordinates],
+    "pixel_position_ids": [Inputs.coordinates],
+    "merge_sizes": [lambda i: torch.tensor([2] * ROWS)],
+    "target_sizes": [lambda i: torch.tensor([[4, 4]] * ROWS)],
     "spatial_shapes": [lambda i: torch.tensor([[4, 4]] * ROWS)],
     "position_ids": [lambda i: torch.arange(LENGTH).expand(ROWS, -1)],
 }
+# Given where they are required, because most models take them in the place of other arguments.
+ALTERNATIVES = {"inputs_embeds", "hidden_states", "attention_mask", "position_ids"}
 CORE = ("input_ids", "pixel_values", "input_features", "input_values", "bbox", "pixel_values_videos", "image_grid_thw")
 
 

@@ -9,15 +9,18 @@ from typing import Any
 from transformers import ResNetConfig
 
 
-def backbone(stages: int = 4) -> ResNetConfig:
+def backbone(out: int = 4) -> ResNetConfig:
     """Convolutions without attention, for detectors whose own backbone needs another library."""
     return ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 16, 32, 32][:stages], depths=[1] * stages, layer_type="basic",
-        out_features=[f"stage{i + 1}" for i in range(stages)],
+        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1] * 4, layer_type="basic",
+        out_features=[f"stage{i + 1}" for i in range(4)][-out:],
     )  # fmt: skip
 
 
 TIMM_BACKBONE = {"use_timm_backbone": False, "backbone_config": backbone, "backbone": None, "use_pretrained_backbone": False}
+HGNET = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [64] * 3}
+RT_DETR = {"backbone_config": lambda: backbone(3), "encoder_in_channels": [16, 32, 32], "decoder_in_channels": [64] * 3}
+EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 64}
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 
 
@@ -28,6 +31,7 @@ def rope(*sections: int, **others: Any) -> dict[str, Any]:
 
 
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+VISION_TOKENS = {"vision_start_token_id": 120, "vision_end_token_id": 121, "audio_start_token_id": 122, "audio_end_token_id": 123}
 ROPE_OF_16, ROPE_OF_8 = rope(2, 3, 3), rope(1, 1, 2, partial_rotary_factor=0.5)
 SHARED_KEYS = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2,
@@ -93,7 +97,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 64]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "mobilevit": {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [16, 16, 16, 16, 32, 32, 64]},
-    "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 16], "convstream_hidden_sizes": [16, 16, 16]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
         "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "hc_lowrank": 8,
@@ -108,7 +111,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite4_vision": {"downsample_rate": "2/4", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4},
-    "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16, "zero_expert_num": 2},
     "nemotron_h": {"mamba_num_heads": 8, "n_groups": 2, "mamba_head_dim": 16},
     "xlstm": {"hidden_size": 64, "num_heads": 2},
     "xmod": {"default_language": "en_XX"},
@@ -128,6 +130,37 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "sam2_vision_model": {"backbone_channel_list": [64, 32, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "qwen2_5_omni_thinker": VISION_TOKENS,
+    "qwen3_omni_moe_thinker": VISION_TOKENS,
+    "hgnet_v2": {
+        "stem_channels": [3, 16, 16], "stage_in_channels": [16, 16, 32, 64], "stage_mid_channels": [16] * 4,
+        "stage_out_channels": [16, 32, 64, 128], "hidden_sizes": [16, 32, 64, 128], "stage_numb_of_layers": [2] * 4,
+        "stage_num_blocks": [1] * 4,
+    },
+    "d_fine": HGNET, "deimv2": HGNET, "pp_doclayout_v2": HGNET, "pp_doclayout_v3": HGNET, "pp_doclayout_v4": HGNET,
+    "rt_detr": RT_DETR, "rt_detr_v2": RT_DETR,
+    "step3p5": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2,
+                "mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "share_expert_dim": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "longcat_flash": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4, "head_dim": 16,
+                      "qk_head_dim": None, "zero_expert_num": 2},
+    "levit": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "image_size": 64},
+    "pvt": {"image_size": 64, "sequence_reduction_ratios": [2, 2, 1, 1]},
+    "pix2struct_vision_model": {"seq_len": 16},
+    "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "downsampling_ratios": [2, 4]},
+    "align_vision_model": EFFICIENTNET, "efficientnet": EFFICIENTNET,
+    "tvp": {"backbone_config": lambda: backbone(out=1), "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
+    "blt": {"num_hidden_layers": 2},
+    "zoedepth": {"neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 32, "bottleneck_features": 32},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 16], "convstream_hidden_sizes": [16, 16, 16],
+                                           "backbone_config": {"image_size": 64, "patch_size": 16}},
     "mimi_decoder": {"upsample_groups": 64},
     "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 64},
     # Detectors.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.families.images import image_arguments
 from tests.families.inputs import LENGTH, ROWS, Arguments, Inputs, with_padding
 
 NEW_TOKENS = 4
@@ -52,6 +53,12 @@ def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> I
     )
     if model.can_generate():
         yield from _generated(inputs, arguments, padded)
+    if is_text and "pixel_values" not in arguments and (with_images := image_arguments(model, inputs)) is not None:
+        given, mask = with_images
+        masks = {mask.shape[1]: mask.bool()}
+        yield Scenario("images", lambda m: forward(m, given, masks))
+        if model.can_generate():
+            yield Scenario("images, generate", lambda m: generated(m, given))
 
 
 def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> tuple[Arguments, Arguments, dict[int, Tensor]]:

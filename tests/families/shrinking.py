@@ -59,6 +59,11 @@ def zero(value: Any) -> Any:
     return type(value)(0) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def window(value: Any) -> Any:
+    """Of vision models, in patches, or in pixels where it is large."""
+    return value if not isinstance(value, int) else 2 if value <= 32 else 16
+
+
 def patch(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(patch, value))
@@ -80,7 +85,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_group|topk_group|num_expert_group", each_at_most(1)),
     (r"n_shared_experts|first_k_dense_replace|num_dense_layers", each_at_most(1)),
     (r"sliding_window(_size)?|attention_window_size|local_window_size", each_at_most(WINDOW)),
-    (r"window_size", each_at_most(2)),
+    (r"window_size", window),
+    (r"mm_tokens_per_image", each_at_most(4)),
+    (r"image_grid_pinpoints", lambda value: [[32, 64]] if value else value),
     (r"attention_chunk_size|rotary_dim|rotary_emb_dim|num_filters", each_at_most(8)),
     (r"global_attn_indexes|global_attention_blocks", lambda value: type(value)([1]) if value else value),
     (r"depths|(.*_)?depth|num_blocks|.*num_blocks_per_.*|block_repeat|layers_per_block", each_at_most(LAYERS)),
@@ -126,6 +133,9 @@ class Shrinker:
             default = config_class(**{n: v for n, v in parts.items() if isinstance(v, PreTrainedConfig)})
         except Exception:  # not every configuration has a default
             default = config_class(**parts)
+        for name, part in config_class.sub_configs.items():
+            if name == "vision_config" and getattr(default, name) is None:
+                given.setdefault(name, part())
         return self._of(default, given)
 
     def _of(self, config: PreTrainedConfig, given: dict[str, Any]) -> PreTrainedConfig:
@@ -134,6 +144,8 @@ class Shrinker:
         untouched = _default_of(config)
         for field in fields(config):
             value = read(config, field.name)
+            if isinstance(given.get(field.name), PreTrainedConfig) and value is None:
+                value = given.pop(field.name)  # a part that is left out by default
             if isinstance(value, PreTrainedConfig) and isinstance(given.get(field.name, {}), dict):
                 arguments[field.name] = self._of(value, self._changes(value) | given.get(field.name, {}))
             elif field.name in given:
