@@ -2,10 +2,12 @@
 
 import copy
 import importlib
+import sys
 import tempfile
 from functools import cache
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -43,10 +45,20 @@ def families() -> list[str]:
     return list(classes())
 
 
+def folder_of(family: str) -> str:
+    """The directory of `transformers/models` that has a family's code."""
+    return configuration_auto.model_type_to_module_name(family)
+
+
+def versions() -> str:
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"Transformers {transformers.__version__}, PyTorch {torch.__version__}, Python {python}"
+
+
 def model_class(family: str) -> type[PreTrainedModel]:
-    module = configuration_auto.model_type_to_module_name(family)
+    module = folder_of(family)
     for name in filter(None, (CLASSES.get(family), *classes()[family])):
-        for place in (f"transformers.models.{module}", "transformers"):
+        for place in (f"transformers.models.{module}", "transformers", f"transformers.models.{module}.modeling_{module}"):
             if found := getattr(importlib.import_module(place), name, None):
                 return found
     raise NotBuilt(f"{classes()[family][0]} is not in transformers.models.{module}")
@@ -67,10 +79,11 @@ def parameters_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int |
     return sum(p.numel() for p in model.parameters())
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """With eager attention, float32 weights that make its outputs depend on attention, and no dropout."""
     try:
-        cls, config = model_class(family), tiny_config(family)
+        cls = model_class(family)
+        config = tiny_config(family) if config is None else copy.deepcopy(config)
         count = parameters_of(cls, copy.deepcopy(config))
         if count is not None and count > MAX_PARAMETERS:
             raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
@@ -97,7 +110,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if not weight.is_floating_point():
+            if not weight.is_floating_point() or not weight.numel():
                 continue
             noise = torch.randn(weight.shape, generator=random)
             with torch.no_grad():

@@ -9,12 +9,14 @@ as two experts or two tokens that were as good.
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from fa_ops.integrations.huggingface import ATTENTION_NAME, register_triton_attention
+from tests.families import sources
 from tests.families.building import NotBuilt, first_line, loaded_as_ours, tiny_model
 from tests.families.inputs import Arguments, Inputs
 from tests.families.scenarios import Results, Run, Scenario, forward, scenarios
@@ -49,6 +51,7 @@ class Report:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     model: str = ""
     calls: int = 0
+    effect: float = 0.0
     seconds: float = 0.0
 
     def as_dict(self) -> dict:
@@ -135,20 +138,32 @@ def failure(error: Exception) -> Outcome:
     return Outcome(CRASHED, f"{UNNAMED if is_ours else ''}{first_line(error)} ({place}:{last.lineno})")
 
 
-class Calls(TorchDispatchMode):
-    """Counts calls of our op."""
+class Spy(TorchDispatchMode):
+    """Counts calls of our op, and may spoil what it gives: not in size alone, which a norm behind it would take out."""
 
-    count = 0
+    def __init__(self, is_spoiling: bool) -> None:
+        super().__init__()
+        self.calls, self.is_spoiling = 0, is_spoiling
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.namespace == "modelopt"
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        if func.namespace != "modelopt":
+            return results
+        self.calls += 1
+        if not self.is_spoiling:
+            return results
+        if isinstance(results, torch.Tensor):
+            return results + results.roll(1, -1)
+        return type(results)((results[0] + results[0].roll(1, -1), *results[1:]))
 
 
-def calls_of(model: PreTrainedModel, arguments: Arguments) -> int:
-    with Calls() as calls:
-        forward(model, arguments)
-    return calls.count
+def telling(model: PreTrainedModel, arguments: Arguments) -> tuple[int, float]:
+    """How often a model calls our op, and how far its results move when the op's are spoilt."""
+    with Spy(is_spoiling=False) as spy:
+        results = forward(model, arguments)
+    with Spy(is_spoiling=True):
+        others = forward(model, arguments)
+    return spy.calls, distance(others, results)[0]
 
 
 @dataclass
@@ -162,11 +177,12 @@ class Pair:
     ours: PreTrainedModel | None = None
 
     @classmethod
-    def of(cls, family: str, seed: int = 0) -> "Pair":
-        eager = tiny_model(family, seed)
+    def of(cls, family: str, seed: int = 0, source: Path | None = None) -> "Pair":
+        config, given = (None, None) if source is None else sources.prepared(source, family, seed)
+        eager = tiny_model(family, seed, config)
         inputs = Inputs(eager, seed)
         reasons: list[str] = []
-        for arguments in inputs.candidates():
+        for arguments in inputs.candidates() if given is None else [given]:
             try:
                 results = forward(eager, arguments)
             except Exception as error:
@@ -183,11 +199,11 @@ class Pair:
         return {s.name: s for s in scenarios(self.eager, self.inputs, self.arguments)}
 
 
-def examine(family: str, names: tuple[str, ...] | None = None) -> Report:
-    """All scenarios of a family, or those that are named."""
+def examine(family: str, names: tuple[str, ...] | None = None, source: Path | None = None) -> Report:
+    """All scenarios of a family, or those that are named; with Transformers' own testers where a source is given."""
     register_triton_attention()
     try:
-        pair = Pair.of(family)
+        pair = Pair.of(family, source=source)
     except NotBuilt as error:
         return Report(family, "not built", str(error))
     report = Report(family, "", model=type(pair.eager).__name__)
@@ -200,17 +216,17 @@ def examine(family: str, names: tuple[str, ...] | None = None) -> Report:
     for name, scenario in pair.scenarios().items():
         if names is None or name in names:
             outcome = outcome_of(scenario, pair.eager, pair.ours)
-            report.outcomes[name] = _confirmed(family, name) if outcome.state == WRONG else outcome
+            report.outcomes[name] = _confirmed(family, name, source) if outcome.state == WRONG else outcome
     if report.outcomes["no padding"].state == RIGHT:
-        report.calls = calls_of(pair.ours, pair.arguments)
+        report.calls, report.effect = telling(pair.ours, pair.arguments)
     return _concluded(report, pair)
 
 
-def _confirmed(family: str, name: str) -> Outcome:
+def _confirmed(family: str, name: str, source: Path | None) -> Outcome:
     """What most draws say."""
     outcomes = []
     for seed in range(DRAWS):
-        pair = Pair.of(family, seed)
+        pair = Pair.of(family, seed, source)
         outcomes.append(outcome_of(pair.scenarios()[name], pair.eager, loaded_as_ours(pair.eager)))
     state, count = Counter(outcome.state for outcome in outcomes).most_common(1)[0]
     outcome = next(outcome for outcome in outcomes if outcome.state == state)

@@ -86,7 +86,9 @@ class Inputs:
         first = ({self.main} & self.names) | self.required | decoder
         core = {name for name in CORE if name in self.names}
         optional = {name for name in SHAPES if name in self.names} - ALTERNATIVES
-        sets = [first, first | (core & {"input_ids", "pixel_values", "bbox"}), first | core, first | optional]
+        mask = {"attention_mask"} & self.names
+        some = core & {"input_ids", "pixel_values", "bbox"}
+        sets = [first, first | some, first | core, first | core | mask, first | optional]
         unique: list[set[str]] = []
         for names in sets:
             if names and names not in unique and names <= SHAPES.keys():
@@ -140,9 +142,9 @@ class Inputs:
         """(B, 16, 2): row and column of each patch."""
         return torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(ROWS, -1, -1)
 
-    def patches(self, is_batched: bool = False) -> Tensor:
+    def patches(self, is_batched: bool = False, frames: int | None = None) -> Tensor:
         channels = find(self.config, "num_channels", "in_channels", default=3, **self.vision)
-        frames = pair(find(self.config, "temporal_patch_size", default=1, **self.vision))[0]
+        frames = frames or pair(find(self.config, "temporal_patch_size", default=1, **self.vision))[0]
         size = channels * frames * self.patch_size() ** 2
         return self.noise(ROWS, 16, size) if is_batched else self.noise(ROWS * 16, size)
 
@@ -179,6 +181,8 @@ IMAGES: list[Shape] = [
     lambda i: i.image(3),
     Inputs.patches,
     lambda i: i.patches(is_batched=True),
+    lambda i: i.patches(frames=2),
+    lambda i: i.image()[..., : i.image_size()[0] // 2, :],  # a prompt is put above it
     lambda i: i.patches().unflatten(-1, (-1, i.patch_size(), i.patch_size())),
 ]
 FEATURES: list[Shape] = [
@@ -187,6 +191,9 @@ FEATURES: list[Shape] = [
     lambda i: i.noise(ROWS, 1, i.mels(), i.frames()),
     lambda i: i.noise(ROWS, 1, i.frames(), i.mels()),
     lambda i: i.noise(ROWS, i.frames(), find(i.config, "feature_projection_input_dim", "hidden_size")),
+    lambda i: i.noise(ROWS, i.frames(), 128),
+    lambda i: i.noise(ROWS, i.frames(), 7 * i.mels()),  # seven frames are stacked
+    lambda i: i.noise(ROWS, i.mels(), 8 * LENGTH),  # a token has eight frames
     lambda i: i.noise(ROWS, SAMPLES),
 ]
 WAVES: list[Shape] = [
@@ -204,7 +211,7 @@ HIDDEN: list[Shape] = [
     lambda i: i.image(),
 ]
 BOXES: list[Shape] = [
-    lambda i: i.ids(ROWS, LENGTH, 2).sort(-1).values.repeat(1, 1, 2),
+    lambda i: i.ids(ROWS, ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH, 2).sort(-1).values.repeat(1, 1, 2),
     lambda i: torch.rand(ROWS, LENGTH, 8, generator=i.random),
 ]
 SERIES: list[Shape] = [
@@ -242,7 +249,9 @@ SHAPES: dict[str, list[Shape]] = {
     "visual_feats": [lambda i: i.noise(ROWS, 5, i.series("visual_feat_dim"))],
     "visual_pos": [lambda i: i.noise(ROWS, 5, i.series("visual_pos_dim"))],
     "spectrogram": [lambda i: i.noise(ROWS, i.frames(), i.series("model_in_dim", "num_mel_bins"))],
-    "flattened_patches": [lambda i: i.noise(ROWS, 16, i.series("patch_embed_hidden_size") + 2)],
+    "flattened_patches": [
+        lambda i: torch.cat([i.coordinates().float(), i.noise(ROWS, 16, i.series("patch_embed_hidden_size"))], dim=-1)
+    ],
     "attention_mask": [lambda i: mask_of("none", ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH)],
     "pixel_attention_mask": [lambda i: torch.ones(ROWS, 16, dtype=torch.long)],
     "input_features_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
@@ -255,8 +264,13 @@ SHAPES: dict[str, list[Shape]] = {
     "audio_mel": [lambda i: i.noise(ROWS, FRAMES, i.series("input_feat_size"))],
     "audio_mel_mask": [lambda i: torch.zeros(ROWS, FRAMES, dtype=torch.bool)],
     "task_inputs": [lambda i: i.ids(ROWS, i.series("task_seq_len"))],
-    "prompt_pixel_values": [Inputs.image],
-    "prompt_masks": [Inputs.image],
+    "prompt_pixel_values": IMAGES[-2:-1],
+    "prompt_masks": IMAGES[-2:-1],
+    "inputs": IDS[:1],
+    "image_attention_mask": [lambda i: torch.ones(ROWS, LENGTH, VIDEO_FRAMES, dtype=torch.long)],
+    "image_embeds_position_mask": [
+        lambda i: (torch.arange(LENGTH) < find(i.config, "latent_query_num")).expand(ROWS, -1)
+    ],
     "past_values_padding": [lambda i: torch.zeros(ROWS, i.series("context_length"), dtype=torch.long)],
     "freq": [lambda i: torch.zeros(ROWS, 1, dtype=torch.long)],
     "latents": [lambda i: i.noise(ROWS, LENGTH, i.series("hidden_size"))],

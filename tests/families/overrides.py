@@ -18,9 +18,11 @@ def backbone(out: int = 4) -> ResNetConfig:
 
 
 TIMM_BACKBONE = {"use_timm_backbone": False, "backbone_config": backbone, "backbone": None, "use_pretrained_backbone": False}
+IMAGE_QUERIES = {"image_token_index": 100, "num_query_tokens": 4}
+VIDEO_QUERIES = {**IMAGE_QUERIES, "video_token_index": 101}
 HGNET = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [64] * 3}
 RT_DETR = {"backbone_config": lambda: backbone(3), "encoder_in_channels": [16, 32, 32], "decoder_in_channels": [64] * 3}
-EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 64}
+EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 
 
@@ -69,11 +71,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 16, "shared_experts_intermediate_size": 32,
     },
     # One value among several depends on another one.
-    "mimi": {"upsample_groups": 64, "codebook_size": 64, "layer_scale_initial_scale": 0.5, "upsampling_ratios": [4, 4]},
+    "mimi": {"upsample_groups": 64, "codebook_size": 64, "layer_scale_initial_scale": 0.5, "upsampling_ratios": [4, 4],
+             "vector_quantization_hidden_dimension": 64, "codebook_dim": 64},
     "pocket_tts_audio_tokenizer": {"upsample_groups": 64},
     "bit": {"num_groups": 4},
     "cvt": {"depth": [1, 2, 3], "embed_dim": [32, 64, 64], "num_heads": [1, 2, 4]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "esmc": {"num_key_value_heads": 4},
@@ -107,7 +110,8 @@ CHANGES: dict[str, dict[str, Any]] = {
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2},
     "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
-    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4, "adapter_in_dim": 64,
+                                  "adapter_out_dim": 64},
     "granite4_vision": {"downsample_rate": "2/4", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4},
@@ -126,7 +130,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"global_attn_indexes": [1], "num_pos_feats": 32},
     "sam2_hiera_det_model": {
         "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1], "embed_dim_per_stage": [16, 32, 32, 64],
-        "num_attention_heads_per_stage": [1, 1, 2, 2], "window_size_per_stage": [2, 2, 2, 1], "global_attention_blocks": [2],
+        "num_attention_heads_per_stage": [1, 1, 2, 2], "window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": [2],
     },
     "sam2_vision_model": {"backbone_channel_list": [64, 32, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
@@ -148,11 +152,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "longcat_flash": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4, "head_dim": 16,
                       "qk_head_dim": None, "zero_expert_num": 2},
-    "levit": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "image_size": 64},
+    "levit": {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "image_size": 64, "patch_size": 16},
     "pvt": {"image_size": 64, "sequence_reduction_ratios": [2, 2, 1, 1]},
     "pix2struct_vision_model": {"seq_len": 16},
     "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "downsampling_ratios": [2, 4]},
-    "align_vision_model": EFFICIENTNET, "efficientnet": EFFICIENTNET,
+    "align_vision_model": {**EFFICIENTNET, "hidden_dim": 256}, "efficientnet": EFFICIENTNET,
     "tvp": {"backbone_config": lambda: backbone(out=1), "max_img_size": 64, "visual_prompt_size": 8, "num_frames": 2},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
@@ -161,6 +165,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 16], "convstream_hidden_sizes": [16, 16, 16],
                                            "backbone_config": {"image_size": 64, "patch_size": 16}},
+    "blip-2": IMAGE_QUERIES, "instructblip": IMAGE_QUERIES, "instructblipvideo": VIDEO_QUERIES,
+    "kosmos-2": {"latent_query_num": 4},
+    "clap_audio_model": {"num_mel_bins": 32, "spec_size": 128, "image_size": 128},
+    "clvp_encoder": {"num_attention_heads": 2}, "clvp_decoder": {"num_attention_heads": 2},
+    "qwen3_asr_encoder": {"n_window": 16},
+    "seggpt": {"image_size": [64, 32]},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 4}, "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
+    "depth_pro": {"patch_size": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "mimi_decoder": {"upsample_groups": 64},
     "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 64},
     # Detectors.

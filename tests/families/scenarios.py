@@ -53,7 +53,7 @@ def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> I
     )
     if model.can_generate():
         yield from _generated(inputs, arguments, padded)
-    if is_text and "pixel_values" not in arguments and (with_images := image_arguments(model, inputs)) is not None:
+    if is_text and (with_images := image_arguments(model, inputs)) is not None:
         given, mask = with_images
         masks = {mask.shape[1]: mask.bool()}
         yield Scenario("images", lambda m: forward(m, given, masks))

@@ -70,11 +70,11 @@ def patch(value: Any) -> Any:
     return value if not isinstance(value, int) or value <= 8 else 8
 
 
+DROPOUT = r"(.*_)?(dropout|drop|pdrop|layerdrop|jitter)(_.*)?|.*layerdrop.*|mask_(time|feature)_prob|mask_ratio|label_noise_ratio"
+
 # The first pattern that matches the whole name decides.
 RULES: tuple[tuple[str, Rule], ...] = (
-    (r".*(dropout|drop_rate|pdrop|drop_path_rate|layerdrop|drop_prob|dropout_prob|dropout_rate|dropout_p)", zero),
-    (r"(activation|hidden|attention|classifier|resid|embd|attn)_?dropout.*|router_jitter_noise|.*jitter.*", zero),
-    (r"mask_(time|feature)_prob|mask_ratio|.*layerdrop.*|label_noise_ratio", zero),
+    (DROPOUT, zero),
     (r".*vocab_size.*|.*vocabulary_size|.*_group_vocab", each_at_most(VOCABULARY)),
     (r"(num_)?(key_value|kv|kv_attention|.*key_value|.*_kv)_heads|n_head_kv|num_kv_heads|multi_query_group_num", key_heads),
     (r"(.*_)?(num_attention_heads|attention_heads|num_heads|n_heads?|heads|nhead|num_.*_heads)", heads),
@@ -180,6 +180,16 @@ class Shrinker:
         if kind in SPECIAL_TOKENS:
             return SPECIAL_TOKENS[kind]
         return self.tokens.setdefault(kind, FIRST_SPECIAL_TOKEN + len(self.tokens))
+
+
+def without_dropout(config: PreTrainedConfig) -> None:
+    """Sets all probabilities of leaving something out to 0, in the parts too."""
+    for field in fields(config):
+        value = read(config, field.name)
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif re.fullmatch(DROPOUT, field.name) and isinstance(value, float):
+            setattr(config, field.name, 0.0)
 
 
 def _is_derived(field: Any, value: Any, config: PreTrainedConfig) -> bool:
