@@ -13,7 +13,7 @@ OLDEST_TRITON := 3.6.0
 BESIDE := $(VENV)/triton-$(OLDEST_TRITON)
 TORCH := $(shell grep '^torch==' constraints.txt)
 SET_UP := constraints.txt pyproject.toml setup.cfg
-SUITES := tests/unit tests/compile tests/aot tests/models tests/sparsity
+SUITES := tests/unit tests/compile tests/aot tests/models tests/families tests/sparsity
 
 # A stale compile cache turns failures green, so each run has its own.
 FRESH_CACHES = caches=$$(mktemp -d) && trap 'rm -rf "$$caches"' EXIT && \
@@ -22,10 +22,10 @@ FRESH_CACHES = caches=$$(mktemp -d) && trap 'rm -rf "$$caches"' EXIT && \
 # pytest-xdist already fills the cores; worksteal keeps the tests of a module, and so its fixtures, together.
 PARALLEL_PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-all test-oldest test-gpu bench lint format clean
+.PHONY: help demo test test-all test-families test-oldest test-gpu bench lint format clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 13
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 15
 
 demo: $(VENV)/.installed  ## train a small language model through the op, compare it with eager, then make it sparse
 	$(VENV)/bin/python examples/train_small_lm.py
@@ -41,6 +41,9 @@ test test-all:
 	$(call PARALLEL_PYTEST,$(VENV)) $(SUITES) -m "$(SELECTED)" && \
 	PYTHONPATH="$(CURDIR)/$(BESIDE)" $(call PARALLEL_PYTEST,$(VENV)) tests/aot/test_hopper*.py -m "$(SELECTED)" && \
 	TRITON_INTERPRET=1 $(call PARALLEL_PYTEST,$(VENV)) tests/interpret -m "$(SELECTED)"
+
+test-families: $(VENV)/.installed  ## every family of Transformers against eager; writes docs/transformers-families.md
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.families --workers $(WORKERS) --write
 
 test-oldest: $(OLDEST)/.installed  ## kernels under the oldest Triton: compiled ahead of time, and interpreted
 	@$(FRESH_CACHES) && \

@@ -24,6 +24,8 @@ MAX_TRIALS = 40
 
 # True where a row has a token. No row of "right" is full, as in a batch that was padded to a fixed length.
 LENGTHS = {"none": (1.0, 1.0), "left": (0.5, 1.0), "right": (0.85, 0.45)}
+# Positions of each row without one.
+HIDDEN = {"holes": ([2, 3, -4], [0, 1, 5]), "mixed": ([0, 1, 5], [-1, -2, -3, -4])}
 
 Arguments = dict[str, Any]
 
@@ -31,10 +33,10 @@ Arguments = dict[str, Any]
 def mask_of(padding: str, length: int = LENGTH) -> Tensor:
     """(B, S) int64."""
     positions = torch.arange(length)
-    if padding == "holes":
+    if padding in HIDDEN:
         mask = torch.ones(ROWS, length, dtype=torch.long)
-        mask[0, [2, 3, length - 4]] = 0
-        mask[1, [0, 1, 5]] = 0
+        for row, hidden in enumerate(HIDDEN[padding]):
+            mask[row, hidden] = 0
         return mask
     lengths = torch.tensor([[max(2, round(share * length))] for share in LENGTHS[padding]])
     return (positions >= length - lengths if padding == "left" else positions < lengths).long()
@@ -204,7 +206,7 @@ WAVES: list[Shape] = [
     lambda i: i.noise(ROWS, FRAMES, i.mels()),
     lambda i: i.ids(ROWS, ENCODER_LENGTH),
 ]
-HIDDEN: list[Shape] = [
+HIDDEN_STATES: list[Shape] = [
     lambda i: i.noise(ROWS, LENGTH, find(i.config, "hidden_size", "d_model", "embed_dim", "hidden_dim")),
     Inputs.patches,
     lambda i: i.noise(ROWS * 16, find(i.config, "hidden_size", "embed_dim")),
@@ -233,8 +235,8 @@ SHAPES: dict[str, list[Shape]] = {
     "image_sizes": [lambda i: torch.tensor([i.image_size()] * ROWS)],
     "input_features": FEATURES,
     "input_values": WAVES,
-    "hidden_states": HIDDEN,
-    "inputs_embeds": HIDDEN[:1],
+    "hidden_states": HIDDEN_STATES,
+    "inputs_embeds": HIDDEN_STATES[:1],
     "bbox": BOXES,
     "past_values": SERIES,
     "future_values": [lambda i: i.noise(ROWS, i.series("prediction_length"))],

@@ -174,6 +174,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer": {"num_filters": 4}, "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
     "depth_pro": {"patch_size": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
+    "vits": {"speaking_rate": 1000.0},  # a random model speaks for hours
     "mimi_decoder": {"upsample_groups": 64},
     "pocket_tts_audio_tokenizer_decoder": {"upsample_groups": 64},
     # Detectors.

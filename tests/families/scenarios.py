@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from tests.families.images import image_arguments
 from tests.families.inputs import LENGTH, ROWS, Arguments, Inputs, with_padding
 
 NEW_TOKENS = 4
+PADDINGS = {"right": "right padding", "left": "left padding", "holes": "holes"}
 DOCUMENTS = (5, 1, LENGTH - 6)
 SKIPPED_OUTPUTS = ("past_key_values", "attentions", "hidden_states", "cache", "loss", "mems", "rope_deltas")
 
@@ -30,39 +31,42 @@ class Scenario:
     leak: Run | None = None
 
 
+class Padded(NamedTuple):
+    """Arguments of a padded batch, the same with other tokens under the padding, and masks of the tokens by length."""
+
+    given: Arguments
+    other: Arguments | None = None
+    masks: dict[int, Tensor] = {}  # noqa: RUF012
+
+    def scenario(self, name: str, call: Callable[..., Results], **options: Any) -> Scenario:
+        def run(arguments: Arguments) -> Run:
+            return lambda model: call(model, arguments, self.masks, **options)
+
+        return Scenario(name, run(self.given), leak=None if self.other is None else run(self.other))
+
+
 def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
     """Those that a model has the arguments for, whether or not eager attention can run them."""
     ids = arguments.get("input_ids")
     is_text = ids is not None and ids.ndim == 2 and ids.shape[0] == ROWS and "attention_mask" in inputs.names
-    yield Scenario("no padding", lambda m: forward(m, arguments))
-    padded = {padding: _padded(arguments, padding, inputs) for padding in ("right", "left", "holes")} if is_text else {}
-    for padding, (given, other, masks) in padded.items():
-        name = padding if padding == "holes" else f"{padding} padding"
-        yield Scenario(
-            name,
-            lambda m, given=given, masks=masks: forward(m, given, masks),
-            leak=lambda m, other=other, masks=masks: forward(m, other, masks),
-        )
+    whole = Padded(arguments)
+    yield whole.scenario("no padding", forward)
     if is_text:
+        for padding, name in PADDINGS.items():
+            yield _padded(arguments, padding, inputs).scenario(name, forward)
         yield from _packed(inputs, arguments)
-    given, other, masks = padded.get("right", (arguments, None, {}))
-    yield Scenario(
-        "gradients",
-        lambda m: gradients(m, given, masks),
-        leak=None if other is None else lambda m: gradients(m, other, masks),
-    )
+    yield (_padded(arguments, "mixed", inputs) if is_text else whole).scenario("gradients", gradients)
     if model.can_generate():
-        yield from _generated(inputs, arguments, padded)
+        yield from _generated(inputs, arguments, is_text)
     if is_text and (with_images := image_arguments(model, inputs)) is not None:
         given, mask = with_images
-        masks = {mask.shape[1]: mask.bool()}
-        yield Scenario("images", lambda m: forward(m, given, masks))
+        images = Padded(given, masks={mask.shape[1]: mask.bool()})
+        yield images.scenario("images", forward)
         if model.can_generate():
-            yield Scenario("images, generate", lambda m: generated(m, given))
+            yield images.scenario("images, generate", generated)
 
 
-def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> tuple[Arguments, Arguments, dict[int, Tensor]]:
-    """Arguments, the same with other tokens under the padding, and the masks by the length that they belong to."""
+def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> Padded:
     given, other, masks = dict(arguments), dict(arguments), {}
     for prefix in ("", "decoder_"):
         if f"{prefix}attention_mask" not in inputs.names:
@@ -73,7 +77,7 @@ def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> tuple[Argumen
         given |= {name: with_mask[name] for name in (f"{prefix}input_ids", f"{prefix}attention_mask")}
         other[f"{prefix}attention_mask"] = mask
         masks[mask.shape[1]] = mask.bool()
-    return given, other, masks
+    return Padded(given, other, masks)
 
 
 def _packed(inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
@@ -100,27 +104,19 @@ def _packed(inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
     yield Scenario("jumping positions", call(jumping))
 
 
-def _generated(inputs: Inputs, arguments: Arguments, padded: dict) -> Iterator[Scenario]:
-    prompt = {name: value for name, value in arguments.items() if not name.startswith("decoder_")}
-    prompts = {"": (prompt, None)}
-    if "left" in padded:
-        given, other, _ = padded["left"]
-        keep = {*prompt, "attention_mask"}
-        prompts[", left padding"] = tuple({n: v for n, v in a.items() if n in keep} for a in (given, other))
+def _generated(inputs: Inputs, arguments: Arguments, is_text: bool) -> Iterator[Scenario]:
+    def prompt(given: Arguments | None) -> Arguments | None:
+        return given and {name: value for name, value in given.items() if not name.startswith("decoder_")}
+
+    prompts = {"": Padded(prompt(arguments))}
+    if is_text:
+        padded = _padded(arguments, "left", inputs)
+        prompts[", left padding"] = Padded(prompt(padded.given), prompt(padded.other))
     for cache in ("dynamic", "static"):
         options = {"cache_implementation": cache} if cache == "static" else {}
-        for suffix, (given, other) in prompts.items():
-            yield Scenario(
-                f"generate, {cache} cache{suffix}",
-                lambda m, given=given, options=options: generated(m, given, **options),
-                leak=None if other is None else lambda m, other=other, options=options: generated(m, other, **options),
-            )
-    given, other = prompts.get(", left padding", (prompt, None))
-    yield Scenario(
-        "beams",
-        lambda m: generated(m, given, num_beams=2),
-        leak=None if other is None else lambda m: generated(m, other, num_beams=2),
-    )
+        for suffix, batch in prompts.items():
+            yield batch.scenario(f"generate, {cache} cache{suffix}", generated, **options)
+    yield list(prompts.values())[-1].scenario("beams", generated, num_beams=2)
 
 
 # Calls.
@@ -133,7 +129,10 @@ def forward(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tenso
 
 
 def gradients(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor]) -> Results:
-    """Of all parameters in training, for a loss that weighs every element of the results at random."""
+    """Of all parameters in training, for a loss that weighs every element of the results at random.
+
+    Its batch has padding on both sides, and holes.
+    """
     torch.manual_seed(0)
     model.train()
     try:
@@ -148,7 +147,7 @@ def gradients(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Ten
         model.eval()
 
 
-def generated(model: PreTrainedModel, arguments: Arguments, **options: Any) -> Results:
+def generated(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor], **options: Any) -> Results:
     """The logits of each step of greedy decoding or of a search by beams."""
     torch.manual_seed(0)
     made = model.generate(

@@ -70,9 +70,13 @@ def write(results: list[dict], versions: str) -> None:
     PAGE.write_text(rendered(results, versions))
 
 
+def text() -> str:
+    return PAGE.read_text() if PAGE.exists() else ""
+
+
 def committed() -> dict[str, str]:
     """The state of each family on the page."""
-    return dict(ROW.findall(PAGE.read_text())) if PAGE.exists() else {}
+    return dict(ROW.findall(text()))
 
 
 def write_json(results: list[dict], path: Path) -> None:
