@@ -1,4 +1,4 @@
-"""Compares our attention with eager's on tiny models of all of Transformers' families, and writes the support matrix."""
+"""Compares our attention with eager's on a tiny model of each family of Transformers, and writes the support matrix."""
 
 import argparse
 import sys

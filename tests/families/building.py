@@ -20,12 +20,13 @@ MAX_PARAMETERS = 20_000_000
 
 # The classes that say most about attention come first: those that generate and those with logits for each token.
 MAPPINGS = (
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_MASKED_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
-    "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_CAUSAL_LM", "MODEL", "MODEL_FOR_TEXT_TO_WAVEFORM", "MODEL_FOR_RETRIEVAL",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_MASKED_LM",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL_FOR_MULTIMODAL_LM", "MODEL_FOR_CAUSAL_LM", "MODEL",
+    "MODEL_FOR_TEXT_TO_WAVEFORM", "MODEL_FOR_RETRIEVAL",
 )  # fmt: skip
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """Says why no tiny model of a family could be made here."""
 
 
@@ -38,7 +39,7 @@ def classes() -> dict[str, list[str]]:
     for mapping in (*first, *others):
         for family, name in getattr(modeling_auto, mapping, {}).items():
             found.setdefault(family, []).append(name if isinstance(name, str) else name[0])
-    return {family: names for family, names in sorted(found.items()) if family in configuration_auto.CONFIG_MAPPING_NAMES}
+    return {family: found[family] for family in sorted(found.keys() & configuration_auto.CONFIG_MAPPING_NAMES.keys())}
 
 
 def families() -> list[str]:
@@ -58,15 +59,15 @@ def versions() -> str:
 def model_class(family: str) -> type[PreTrainedModel]:
     module = folder_of(family)
     for name in filter(None, (CLASSES.get(family), *classes()[family])):
-        for place in (f"transformers.models.{module}", "transformers", f"transformers.models.{module}.modeling_{module}"):
-            if found := getattr(importlib.import_module(place), name, None):
+        for place in (f"models.{module}", "", f"models.{module}.modeling_{module}"):
+            if found := getattr(importlib.import_module(f"transformers.{place}".rstrip(".")), name, None):
                 return found
-    raise NotBuilt(f"{classes()[family][0]} is not in transformers.models.{module}")
+    raise NotBuiltError(f"{classes()[family][0]} is not in transformers.models.{module}")
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
     config_class = configuration_auto.CONFIG_MAPPING[family]
-    return Shrinker(family).shrunk(config_class)
+    return Shrinker().shrunk(config_class)
 
 
 def parameters_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> int | None:
@@ -86,15 +87,15 @@ def tiny_model(family: str, seed: int = 0, config: PreTrainedConfig | None = Non
         config = tiny_config(family) if config is None else copy.deepcopy(config)
         count = parameters_of(cls, copy.deepcopy(config))
         if count is not None and count > MAX_PARAMETERS:
-            raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
+            raise NotBuiltError(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
         torch.manual_seed(seed)
         model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
-    except NotBuilt:
+    except NotBuiltError:
         raise
     except Exception as error:
-        raise NotBuilt(first_line(error)) from error
+        raise NotBuiltError(first_line(error)) from error
     if (count := sum(p.numel() for p in model.parameters())) > MAX_PARAMETERS:
-        raise NotBuilt(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
+        raise NotBuiltError(f"{cls.__name__} has {count:,} parameters in the smallest configuration found")
     draw_weights(model, seed)
     without_dropout(model)
     if model.can_generate():

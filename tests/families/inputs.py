@@ -110,6 +110,10 @@ class Inputs:
 
     # Tensors, from one generator.
 
+    def length(self) -> int:
+        """Of the text, which is an encoder's where there is a decoder, too."""
+        return ENCODER_LENGTH if "decoder_input_ids" in self.names else LENGTH
+
     def ids(self, *shape: int) -> Tensor:
         vocabulary = find(self.config, "vocab_size", prefer="text", default=FIRST_SPECIAL_TOKEN)
         if not isinstance(vocabulary, int) or vocabulary < 8:
@@ -166,7 +170,7 @@ class Inputs:
 Shape = Callable[[Inputs], Any]
 
 IDS: list[Shape] = [
-    lambda i: i.ids(ROWS, ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH),
+    lambda i: i.ids(ROWS, i.length()),
     lambda i: i.ids(ROWS, LENGTH, find(i.config, "num_codebooks", "num_channels")),
     lambda i: i.ids(ROWS * find(i.config, "num_codebooks"), LENGTH),
     lambda i: i.ids(ROWS, find(i.config, "num_codebooks"), LENGTH),
@@ -213,7 +217,7 @@ HIDDEN_STATES: list[Shape] = [
     lambda i: i.image(),
 ]
 BOXES: list[Shape] = [
-    lambda i: i.ids(ROWS, ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH, 2).sort(-1).values.repeat(1, 1, 2),
+    lambda i: i.ids(ROWS, i.length(), 2).sort(-1).values.repeat(1, 1, 2),
     lambda i: torch.rand(ROWS, LENGTH, 8, generator=i.random),
 ]
 SERIES: list[Shape] = [
@@ -254,7 +258,7 @@ SHAPES: dict[str, list[Shape]] = {
     "flattened_patches": [
         lambda i: torch.cat([i.coordinates().float(), i.noise(ROWS, 16, i.series("patch_embed_hidden_size"))], dim=-1)
     ],
-    "attention_mask": [lambda i: mask_of("none", ENCODER_LENGTH if "decoder_input_ids" in i.names else LENGTH)],
+    "attention_mask": [lambda i: mask_of("none", i.length())],
     "pixel_attention_mask": [lambda i: torch.ones(ROWS, 16, dtype=torch.long)],
     "input_features_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
     "feature_attention_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto
 
-from tests.families.building import NotBuilt, first_line
+from tests.families.building import NotBuiltError, first_line
 from tests.families.inputs import LENGTH, ROWS, Arguments
 from tests.families.shrinking import HEAD_DIM, without_dropout
 
@@ -30,7 +30,7 @@ def testers(source: Path, family: str) -> list[type[unittest.TestCase]]:
     try:
         module = importlib.import_module(f"{PACKAGE}.models.{folder}.test_modeling_{folder}")
     except Exception as error:
-        raise NotBuilt(f"no tester of Transformers: {first_line(error)}") from error
+        raise NotBuiltError(f"no tester of Transformers: {first_line(error)}") from error
     cases = [case for _, case in inspect.getmembers(module, inspect.isclass) if issubclass(case, unittest.TestCase)]
     return [case for case in cases if hasattr(case, "all_model_classes")]
 
@@ -51,7 +51,7 @@ def prepared(source: Path, family: str, seed: int) -> tuple[PreTrainedConfig, Ar
         if config.model_type == family:
             without_dropout(config)
             return config, {name: value for name, value in inputs.items() if name not in MASKS and _is_known(value)}
-    raise NotBuilt(reason)
+    raise NotBuiltError(reason)
 
 
 def _adapt(tester: object) -> None:
@@ -61,7 +61,7 @@ def _adapt(tester: object) -> None:
     if "seq_length" in given:
         given["seq_length"] = LENGTH
     width, heads = given.get("hidden_size"), given.get("num_attention_heads")
-    if isinstance(width, int) and isinstance(heads, int) and 1 < heads and width // heads < HEAD_DIM:
+    if isinstance(width, int) and isinstance(heads, int) and heads > 1 and width // heads < HEAD_DIM:
         given["num_attention_heads"] = heads = max(1, width // HEAD_DIM)
         given["num_key_value_heads"] = min(heads, given.get("num_key_value_heads") or heads)
     if isinstance(given.get("head_dim"), int):

@@ -52,7 +52,7 @@ def rendered(results: list[dict], versions: str) -> str:
         'Transformers loads, saves it, loads it with `attn_implementation="modelopt_triton"`, and compares it with '
         f"eager attention in float32 on a CPU. Versions: {versions}.",
         f"Compared, where a model has the arguments for it: {', '.join(compared)}. A padded batch counts where it has "
-        "tokens. A difference passes up to what rounding errors explain; `tests/families/comparing.py` states the rule.",
+        "tokens. A difference passes that rounding errors explain; `tests/families/comparing.py` states the rule.",
         "A folder is a directory of `transformers/models`; the worst state of its model types is its own.",
     )
     table = [f"| `{r['family']}` | {r['state']} | {reason_of(r)} |\n" for r in results]

@@ -103,7 +103,6 @@ def test_rounding_is_told_from_faults():
     ],
 )
 def test_a_refusal_names_who_refuses(error, state):
-    try:
+    with pytest.raises(type(error)) as raised:
         raise error
-    except Exception as raised:
-        assert comparing.failure(raised).state == state
+    assert comparing.failure(raised.value).state == state
