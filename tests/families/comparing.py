@@ -29,6 +29,7 @@ MARGIN = 30
 CHAOS = 1e-2
 WEIGHTS_CHANGE = 1e-7  # of each, relative: float32 rounds to 6e-8
 DRAWS = 3
+TELLING = 1e-2  # that the results move at least when attention's are spoilt
 
 RIGHT, REFUSED, WRONG, CRASHED, NOT_APPLICABLE = "right", "refused", "wrong", "crashed", "not applicable"
 REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError)
@@ -246,7 +247,10 @@ def _concluded(report: Report, pair: Pair) -> Report:
         by_state.setdefault(outcome.state, []).append(name)
     for state in (WRONG, CRASHED, REFUSED):
         if names := by_state.get(state):
-            report.state, report.reason = state, f"{', '.join(names)}: {report.outcomes[names[0]].reason}"
+            is_all = len(names) == len(report.outcomes) - len(by_state.get(NOT_APPLICABLE, []))
+            report.state, report.reason = state, report.outcomes[names[0]].reason
+            if not is_all:
+                report.reason = f"{_listed(names)}: {report.reason}"
             break
     right = by_state.get(RIGHT, [])
     if report.state == REFUSED:
@@ -257,12 +261,18 @@ def _concluded(report: Report, pair: Pair) -> Report:
     elif not report.state:
         if not right:
             report.state, report.reason = "not built", next(iter(report.outcomes.values())).reason
+        elif report.calls and report.effect < TELLING:
+            report.state, report.reason = "not built", f"attention changes its results by {report.effect:.1e} alone"
         elif report.calls:
             report.state = RIGHT
         else:
             report.state = "not called"
             report.reason = "attention of its own" if not _uses_interface(pair.eager) else ""
     return report
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:

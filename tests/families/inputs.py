@@ -17,7 +17,7 @@ from tests.families.shrinking import BOS, FIRST_SPECIAL_TOKEN, PAD
 
 ROWS = 2
 LENGTH, ENCODER_LENGTH = 13, 11
-FRAMES = 64  # of a spectrogram
+FRAMES, CHUNKED_FRAMES = 64, 200  # of a spectrogram, and of one that is cut into chunks of 100
 SAMPLES = 3840  # of a wave
 VIDEO_FRAMES = 2
 MAX_TRIALS = 40
@@ -172,6 +172,7 @@ Shape = Callable[[Inputs], Any]
 IDS: list[Shape] = [
     lambda i: i.ids(ROWS, i.length()),
     lambda i: i.ids(ROWS, LENGTH, find(i.config, "num_codebooks", "num_channels")),
+    lambda i: i.ids(ROWS, LENGTH, find(i.config, "num_codebooks") + 1),
     lambda i: i.ids(ROWS * find(i.config, "num_codebooks"), LENGTH),
     lambda i: i.ids(ROWS, find(i.config, "num_codebooks"), LENGTH),
 ]
@@ -200,6 +201,7 @@ FEATURES: list[Shape] = [
     lambda i: i.noise(ROWS, i.frames(), 128),
     lambda i: i.noise(ROWS, i.frames(), 7 * i.mels()),  # seven frames are stacked
     lambda i: i.noise(ROWS, i.mels(), 8 * LENGTH),  # a token has eight frames
+    lambda i: i.noise(ROWS, i.mels(), CHUNKED_FRAMES),
     lambda i: i.noise(ROWS, SAMPLES),
 ]
 WAVES: list[Shape] = [
@@ -260,7 +262,10 @@ SHAPES: dict[str, list[Shape]] = {
     ],
     "attention_mask": [lambda i: mask_of("none", i.length())],
     "pixel_attention_mask": [lambda i: torch.ones(ROWS, 16, dtype=torch.long)],
-    "input_features_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
+    "input_features_mask": [
+        lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long),
+        lambda i: torch.ones(ROWS, CHUNKED_FRAMES, dtype=torch.long),
+    ],
     "feature_attention_mask": [lambda i: torch.ones(ROWS, i.frames(), dtype=torch.long)],
     "is_longer": [lambda i: torch.zeros(ROWS, 1, dtype=torch.bool)],
     "qformer_input_ids": [lambda i: i.ids(ROWS, LENGTH)],
@@ -272,14 +277,18 @@ SHAPES: dict[str, list[Shape]] = {
     "task_inputs": [lambda i: i.ids(ROWS, i.series("task_seq_len"))],
     "prompt_pixel_values": IMAGES[-2:-1],
     "prompt_masks": IMAGES[-2:-1],
-    "inputs": IDS[:1],
+    "inputs": [IDS[0], WAVES[0]],
+    "encoder_hidden_states": [lambda i: i.noise(ROWS, 7, i.series("encoder_hidden_size", "hidden_size"))],
     "image_attention_mask": [lambda i: torch.ones(ROWS, LENGTH, VIDEO_FRAMES, dtype=torch.long)],
     "image_embeds_position_mask": [
         lambda i: (torch.arange(LENGTH) < find(i.config, "latent_query_num")).expand(ROWS, -1)
     ],
     "past_values_padding": [lambda i: torch.zeros(ROWS, i.series("context_length"), dtype=torch.long)],
     "freq": [lambda i: torch.zeros(ROWS, 1, dtype=torch.long)],
-    "latents": [lambda i: i.noise(ROWS, LENGTH, i.series("hidden_size"))],
+    "latents": [
+        lambda i: i.noise(ROWS, LENGTH, i.series("hidden_size")),
+        lambda i: i.noise(ROWS, i.series("hidden_size"), LENGTH),
+    ],
     "state": [lambda i: i.noise(ROWS, i.series("max_state_dim", "state_dim"))],
     "image_position_ids": [Inputs.coordinates],
     "pixel_position_ids": [Inputs.coordinates],

@@ -98,6 +98,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "n_groups": 2},
+    "qwen3_omni_moe_talker": {"spatial_merge_size": 2},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
@@ -132,7 +133,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 CODEC = {"upsample_groups": 64}
 
 AUDIO: dict[str, dict[str, Any]] = {
-    "clap_audio_model": {"num_mel_bins": 32, "spec_size": 128, "image_size": 128},
+    "clap_audio_model": {"hidden_size": 512, "num_mel_bins": 32, "spec_size": 128, "image_size": 128},
     "clvp_encoder": {"num_attention_heads": 2},
     "clvp_decoder": {"num_attention_heads": 2},
     "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "downsampling_ratios": [2, 4]},
@@ -149,7 +150,6 @@ AUDIO: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 16, 32, 64]},
     "pocket_tts_audio_tokenizer": CODEC,
     "pocket_tts_audio_tokenizer_decoder": CODEC,
-    "qwen3_asr_encoder": {"n_window": 16},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
@@ -166,6 +166,7 @@ QUERIES = {"image_token_index": 100, "video_token_index": 101, "num_query_tokens
 STARTS = {f"{kind}_start_token_id": 120 + i for i, kind in enumerate(("vision", "audio"))}
 
 VISION: dict[str, dict[str, Any]] = {
+    "align": {"projection_dim": 80},
     "align_vision_model": {**EFFICIENTNET, "hidden_dim": 256},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bit": {"num_groups": 4},
@@ -203,6 +204,8 @@ VISION: dict[str, dict[str, Any]] = {
     "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32},
     "mobilevit": {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [16, 16, 16, 16, 32, 32, 64]},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "pp_formulanet_vision": {"output_channels": 256},
+    "slanext_vision": {"output_channels": 256},
     "pix2struct_vision_model": {"seq_len": 16},
     "pp_doclayout_v2": HGNET,
     "pp_doclayout_v3": HGNET,
@@ -214,7 +217,7 @@ VISION: dict[str, dict[str, Any]] = {
     "rt_detr_v2": RT_DETR,
     "sam_vision_model": {"global_attn_indexes": [1], "num_pos_feats": 32},
     "sam2_hiera_det_model": {
-        "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1] * 4, "window_size_per_stage": [4] * 4,
+        "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 2, 2, 1], "window_size_per_stage": [8, 4, 2, 1],
         "embed_dim_per_stage": [16, 32, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
         "global_attention_blocks": [2],
     },

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SECONDS = 90  # that a family may take
+SECONDS = 180  # that a family may take; most take one or two
 BYTES = 6 * 2**30  # that a process may hold
 
 Result = dict[str, Any]

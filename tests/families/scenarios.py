@@ -13,6 +13,7 @@ from tests.families.inputs import LENGTH, ROWS, Arguments, Inputs, with_padding
 
 NEW_TOKENS = 4
 PADDINGS = {"right": "right padding", "left": "left padding", "holes": "holes"}
+FIRST_PART = 8
 DOCUMENTS = (5, 1, LENGTH - 6)
 SKIPPED_OUTPUTS = ("past_key_values", "attentions", "hidden_states", "cache", "loss", "mems", "rope_deltas")
 
@@ -117,6 +118,11 @@ def _generated(inputs: Inputs, arguments: Arguments, is_text: bool) -> Iterator[
         for suffix, batch in prompts.items():
             yield batch.scenario(f"generate, {cache} cache{suffix}", generated, **options)
     yield list(prompts.values())[-1].scenario("beams", generated, num_beams=2)
+    if is_text:
+        padded = _padded(arguments, "holes", inputs)
+        yield Padded(prompt(padded.given), prompt(padded.other)).scenario("generate, holes", generated)
+    if is_text and arguments.keys() == {"input_ids"}:
+        yield _padded(arguments, "left", inputs).scenario("in two parts", in_two_parts)
 
 
 # Calls.
@@ -126,6 +132,15 @@ def forward(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tenso
     torch.manual_seed(0)
     with torch.no_grad():
         return valid(tensors_of(model(**_copied(arguments))), masks or {})
+
+
+def in_two_parts(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor]) -> Results:
+    """The second part of a text, with the first one in a cache."""
+    ids, mask = arguments["input_ids"], arguments["attention_mask"]
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :FIRST_PART], attention_mask=mask[:, :FIRST_PART], use_cache=True)
+        second = model(input_ids=ids[:, FIRST_PART:], attention_mask=mask, past_key_values=first.past_key_values)
+    return valid(tensors_of(second), {ids.shape[1] - FIRST_PART: mask[:, FIRST_PART:].bool()})
 
 
 def gradients(model: PreTrainedModel, arguments: Arguments, masks: dict[int, Tensor]) -> Results:

@@ -44,22 +44,32 @@ def counts(results: list[dict]) -> str:
     return "| state | model types | folders | meaning |\n| --- | --: | --: | --- |\n" + "".join(rows) + total
 
 
+def by_scenario(results: list[dict]) -> str:
+    """How many model types each scenario has compared; what eager attention cannot run is not applicable."""
+    states = ("right", "refused", "wrong", "crashed", "not applicable")
+    scenarios: dict[str, Counter] = {}
+    for result in results:
+        for name, outcome in result.get("outcomes", {}).items():
+            scenarios.setdefault(name, Counter())[outcome["state"]] += 1
+    rows = [f"| {name} | {' | '.join(str(found[s]) for s in states)} |\n" for name, found in scenarios.items()]
+    return f"| scenario | {' | '.join(states)} |\n| --- |{' --: |' * len(states)}\n" + "".join(rows)
+
+
 def rendered(results: list[dict], versions: str) -> str:
     results = sorted(results, key=lambda result: result["family"])
-    compared = sorted({name for result in results for name in result.get("outcomes", {})} - {"loading"})
     paragraphs = (
         "`make test-families` writes this page. It builds a tiny random model of each model type that an auto class of "
         'Transformers loads, saves it, loads it with `attn_implementation="modelopt_triton"`, and compares it with '
         f"eager attention in float32 on a CPU. Versions: {versions}.",
-        f"Compared, where a model has the arguments for it: {', '.join(compared)}. A padded batch counts where it has "
-        "tokens. A difference passes that rounding errors explain; `tests/families/comparing.py` states the rule.",
-        "A folder is a directory of `transformers/models`; the worst state of its model types is its own.",
+        "A padded batch counts where it has tokens. A difference passes that rounding errors explain; "
+        "`tests/families/comparing.py` states the rule. A folder is a directory of `transformers/models`; its state is "
+        "the worst of its model types.",
     )
     table = [f"| `{r['family']}` | {r['state']} | {reason_of(r)} |\n" for r in results]
     return (
         "# Families of Transformers\n\n"
         + "".join(f"{textwrap.fill(p, 120, break_on_hyphens=False, break_long_words=False)}\n\n" for p in paragraphs)
-        + counts(results)
+        + f"{counts(results)}\n{by_scenario(results)}"
         + "\n| model type | state | reason |\n| --- | --- | --- |\n"
         + "".join(table)
     )
