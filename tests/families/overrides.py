@@ -217,9 +217,9 @@ VISION: dict[str, dict[str, Any]] = {
     "rt_detr_v2": RT_DETR,
     "sam_vision_model": {"global_attn_indexes": [1], "num_pos_feats": 32},
     "sam2_hiera_det_model": {
-        "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 2, 2, 1], "window_size_per_stage": [8, 4, 2, 1],
+        "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 2, 2, 1], "global_attention_blocks": [2],
         "embed_dim_per_stage": [16, 32, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
-        "global_attention_blocks": [2],
+        "window_size_per_stage": [8, 4, 2, 1],
     },
     "sam2_vision_model": {
         "backbone_channel_list": [64, 32, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],

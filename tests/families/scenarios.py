@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.families.images import image_arguments
@@ -23,34 +23,31 @@ Run = Callable[[PreTrainedModel], Results]
 
 @dataclass
 class Scenario:
-    """A call to compare. `also`: other calls of eager whose results are right, too. `leak`: the same call of eager
-    with other tokens under the padding; a model that it changes lets padding reach tokens by itself."""
+    """A call to compare. `also`: other calls of eager whose results are right, too."""
 
     name: str
     run: Run
     also: list[Run] = field(default_factory=list)
-    leak: Run | None = None
 
 
-class Padded(NamedTuple):
-    """Arguments of a padded batch, the same with other tokens under the padding, and masks of the tokens by length."""
+class Batch(NamedTuple):
+    """Arguments, and masks of their tokens by length."""
 
-    given: Arguments
-    other: Arguments | None = None
+    arguments: Arguments
     masks: dict[int, Tensor] = {}  # noqa: RUF012
 
     def scenario(self, name: str, call: Callable[..., Results], **options: Any) -> Scenario:
-        def run(arguments: Arguments) -> Run:
-            return lambda model: call(model, arguments, self.masks, **options)
+        return Scenario(name, lambda model: call(model, self.arguments, self.masks, **options))
 
-        return Scenario(name, run(self.given), leak=None if self.other is None else run(self.other))
+    def without_decoder(self) -> "Batch":
+        return Batch({name: value for name, value in self.arguments.items() if not name.startswith("decoder_")})
 
 
 def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
     """Those that a model has the arguments for, whether or not eager attention can run them."""
     ids = arguments.get("input_ids")
     is_text = ids is not None and ids.ndim == 2 and ids.shape[0] == ROWS and "attention_mask" in inputs.names
-    whole = Padded(arguments)
+    whole = Batch(arguments)
     yield whole.scenario("no padding", forward)
     if is_text:
         for padding, name in PADDINGS.items():
@@ -58,27 +55,26 @@ def scenarios(model: PreTrainedModel, inputs: Inputs, arguments: Arguments) -> I
         yield from _packed(inputs, arguments)
     yield (_padded(arguments, "mixed", inputs) if is_text else whole).scenario("gradients", gradients)
     if model.can_generate():
-        yield from _generated(inputs, arguments, is_text)
+        yield from _generated(inputs, whole, is_text)
     if is_text and (with_images := image_arguments(model, inputs)) is not None:
         given, mask = with_images
-        images = Padded(given, masks={mask.shape[1]: mask.bool()})
+        images = Batch(given, {mask.shape[1]: mask.bool()})
         yield images.scenario("images", forward)
         if model.can_generate():
             yield images.scenario("images, generate", generated)
 
 
-def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> Padded:
-    given, other, masks = dict(arguments), dict(arguments), {}
+def _padded(arguments: Arguments, padding: str, inputs: Inputs) -> Batch:
+    given, masks = dict(arguments), {}
     for prefix in ("", "decoder_"):
         if f"{prefix}attention_mask" not in inputs.names:
             continue
         if (with_mask := with_padding(arguments, padding, prefix)) is None:
             continue
-        mask = with_mask[f"{prefix}attention_mask"]
         given |= {name: with_mask[name] for name in (f"{prefix}input_ids", f"{prefix}attention_mask")}
-        other[f"{prefix}attention_mask"] = mask
+        mask = given[f"{prefix}attention_mask"]
         masks[mask.shape[1]] = mask.bool()
-    return Padded(given, other, masks)
+    return Batch(given, masks)
 
 
 def _packed(inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
@@ -105,24 +101,21 @@ def _packed(inputs: Inputs, arguments: Arguments) -> Iterator[Scenario]:
     yield Scenario("jumping positions", call(jumping))
 
 
-def _generated(inputs: Inputs, arguments: Arguments, is_text: bool) -> Iterator[Scenario]:
-    def prompt(given: Arguments | None) -> Arguments | None:
-        return given and {name: value for name, value in given.items() if not name.startswith("decoder_")}
-
-    prompts = {"": Padded(prompt(arguments))}
+def _generated(inputs: Inputs, whole: Batch, is_text: bool) -> Iterator[Scenario]:
+    paddings = {"": whole}
     if is_text:
-        padded = _padded(arguments, "left", inputs)
-        prompts[", left padding"] = Padded(prompt(padded.given), prompt(padded.other))
+        paddings[", left padding"] = _padded(whole.arguments, "left", inputs)
     for cache in ("dynamic", "static"):
         options = {"cache_implementation": cache} if cache == "static" else {}
-        for suffix, batch in prompts.items():
-            yield batch.scenario(f"generate, {cache} cache{suffix}", generated, **options)
-    yield list(prompts.values())[-1].scenario("beams", generated, num_beams=2)
+        for suffix, batch in paddings.items():
+            yield batch.without_decoder().scenario(f"generate, {cache} cache{suffix}", generated, **options)
+    last = list(paddings.values())[-1]
+    yield last.without_decoder().scenario("beams", generated, num_beams=2)
     if is_text:
-        padded = _padded(arguments, "holes", inputs)
-        yield Padded(prompt(padded.given), prompt(padded.other)).scenario("generate, holes", generated)
-    if is_text and arguments.keys() == {"input_ids"}:
-        yield _padded(arguments, "left", inputs).scenario("in two parts", in_two_parts)
+        holes = _padded(whole.arguments, "holes", inputs)
+        yield holes.without_decoder().scenario("generate, holes", generated)
+    if is_text and whole.arguments.keys() == {"input_ids"}:
+        yield last.scenario("in two parts", in_two_parts)
 
 
 # Calls.
@@ -195,9 +188,14 @@ def tensors_of(output: Any, name: str = "") -> Results:
 
 def valid(results: Results, masks: dict[int, Tensor]) -> Results:
     """What belongs to tokens: of padded calls no padding, and nothing that a model takes from a fixed position."""
-    by_token = {
-        name: t[masks[t.shape[1]]]
-        for name, t in results.items()
-        if t.ndim >= 2 and t.shape[0] == ROWS and t.shape[1] in masks
-    }
-    return by_token or results
+
+    def masked(name: str, mask: Tensor, behind: int = 0) -> Tensor:
+        return results[name][nn.functional.pad(mask, (0, behind), value=True)]
+
+    lengths = {name: t.shape[1] for name, t in results.items() if t.ndim >= 2 and t.shape[0] == ROWS}
+    if found := {name: masked(name, masks[n]) for name, n in lengths.items() if n in masks}:
+        return found
+    # Some models put an image behind the text.
+    longest = max(masks, default=0)
+    behind = {name: n - longest for name, n in lengths.items() if masks and n > longest and results[name].ndim == 3}
+    return {name: masked(name, masks[longest], n) for name, n in behind.items()} or results
