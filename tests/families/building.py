@@ -5,6 +5,7 @@ import importlib
 import sys
 import tempfile
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers
@@ -49,6 +50,12 @@ def families() -> list[str]:
 def folder_of(family: str) -> str:
     """The directory of `transformers/models` that has a family's code."""
     return configuration_auto.model_type_to_module_name(family)
+
+
+def calls_interface(folder: str) -> bool:
+    """Whether the code in a folder names Transformers' attention interface."""
+    files = (Path(transformers.__file__).parent / "models" / folder).glob("modeling_*.py")
+    return any("ALL_ATTENTION_FUNCTIONS" in file.read_text() for file in files)
 
 
 def versions() -> str:

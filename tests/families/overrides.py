@@ -224,6 +224,7 @@ VISION: dict[str, dict[str, Any]] = {
     "sam2_vision_model": {
         "backbone_channel_list": [64, 32, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
+    **{f"{sam}_mask_decoder": {"num_attention_heads": 2} for sam in ("sam", "sam_hq", "sam2", "sam3", "sam3_tracker")},
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "seggpt": {"image_size": [64, 32]},
     "superpoint": {"keypoint_decoder_dim": 65},

@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from tests.families.building import folder_of
+from tests.families.building import calls_interface, folder_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers-families.md"
 REASON_LENGTH = 200
@@ -38,10 +38,15 @@ def counts(results: list[dict]) -> str:
     for result in results:
         folder = folder_of(result["family"])
         worst[folder] = min(worst.get(folder, "not built"), result["state"], key=order.index)
-    by_type, by_folder = Counter(r["state"] for r in results), Counter(worst.values())
-    rows = [f"| {state} | {by_type[state]} | {by_folder[state]} | {meaning} |\n" for state, meaning in STATES.items()]
-    total = f"| all | {len(results)} | {len(worst)} | |\n"
-    return "| state | model types | folders | meaning |\n| --- | --: | --: | --- |\n" + "".join(rows) + total
+    calling = [state for folder, state in worst.items() if calls_interface(folder)]
+    columns = [Counter(states) for states in ([r["state"] for r in results], worst.values(), calling)]
+    rows = [
+        f"| {state} | {' | '.join(str(column[state]) for column in columns)} | {meaning} |\n"
+        for state, meaning in STATES.items()
+    ]
+    total = f"| all | {' | '.join(str(column.total()) for column in columns)} | |\n"
+    titles = "| state | model types | folders | that call the interface | meaning |\n| --- | --: | --: | --: | --- |\n"
+    return titles + "".join(rows) + total
 
 
 def by_scenario(results: list[dict]) -> str:
@@ -63,7 +68,8 @@ def rendered(results: list[dict], versions: str) -> str:
         f"eager attention in float32 on a CPU. Versions: {versions}.",
         "A padded batch counts where it has tokens. A difference passes that rounding errors explain; "
         "`tests/families/comparing.py` states the rule. A folder is a directory of `transformers/models`; its state is "
-        "the worst of its model types.",
+        "the worst of its model types. Some folders call Transformers' attention interface, others compute attention "
+        "by themselves or have none.",
     )
     table = [f"| `{r['family']}` | {r['state']} | {reason_of(r)} |\n" for r in results]
     return (
