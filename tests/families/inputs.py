@@ -189,6 +189,7 @@ IMAGES: list[Shape] = [
     Inputs.patches,
     lambda i: i.patches(is_batched=True),
     lambda i: i.patches(frames=2),
+    lambda i: i.noise(ROWS, 3, 48, 96),  # a line of text
     lambda i: i.image()[..., : i.image_size()[0] // 2, :],  # a prompt is put above it
     lambda i: i.patches().unflatten(-1, (-1, i.patch_size(), i.patch_size())),
 ]

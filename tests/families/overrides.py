@@ -79,6 +79,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2, "use_mamba_kernels": False, "mamba_dt_rank": 4,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "step3p5": {
         "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": 6,
         "mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "share_expert_dim": 32,
@@ -182,7 +183,7 @@ VISION: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {
         "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4, "adapter_in_dim": 64, "adapter_out_dim": 64,
     },
-    "efficientloftr": {"out_features": [16, 16, 32, 64], "stage_num_blocks": [1, 1, 1, 1]},
+    "efficientloftr": {"hidden_size": 256, "num_attention_heads": 8, "stage_num_blocks": [1, 1, 1, 1]},
     "efficientnet": {**EFFICIENTNET, "hidden_dim": 320},
     "emu3": {"vocabulary_map": {"<image>": 110, "<|extra_200|>": 111}},
     "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
@@ -207,8 +208,8 @@ VISION: dict[str, dict[str, Any]] = {
     "pp_formulanet_vision": {"output_channels": 256},
     "slanext_vision": {"output_channels": 256},
     "pix2struct_vision_model": {"seq_len": 16},
-    "pp_doclayout_v2": HGNET,
-    "pp_doclayout_v3": HGNET,
+    "pp_doclayout_v2": {**HGNET, "class_thresholds": [0.5] * 2, "class_order": [0, 1]},
+    "pp_doclayout_v3": {**HGNET, "x4_feat_dim": 16},
     "pp_doclayout_v4": HGNET,
     "pvt": {"image_size": 64, "sequence_reduction_ratios": [2, 2, 1, 1]},
     "qwen2_5_omni_thinker": STARTS,
@@ -218,11 +219,11 @@ VISION: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"global_attn_indexes": [1], "num_pos_feats": 32},
     "sam2_hiera_det_model": {
         "hidden_size": 16, "image_size": [64, 64], "blocks_per_stage": [1, 2, 2, 1], "global_attention_blocks": [2],
-        "embed_dim_per_stage": [16, 32, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
+        "embed_dim_per_stage": [16, 32, 48, 64], "num_attention_heads_per_stage": [1, 2, 3, 4],
         "window_size_per_stage": [8, 4, 2, 1],
     },
     "sam2_vision_model": {
-        "backbone_channel_list": [64, 32, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "backbone_channel_list": [64, 48, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
     **{f"{sam}_mask_decoder": {"num_attention_heads": 2} for sam in ("sam", "sam_hq", "sam2", "sam3", "sam3_tracker")},
     "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},

@@ -27,7 +27,7 @@ ROW = re.compile(r"^\| `([^`]+)` \| ([a-z ]+) \|", re.MULTILINE)
 
 def reason_of(result: dict) -> str:
     """Short enough for a table, with the scenarios that it is about."""
-    reason = " ".join(result["reason"].split()).replace("|", "\\|")
+    reason = re.sub(r"\S*/site-packages/", "", " ".join(result["reason"].split())).replace("|", "\\|")
     return textwrap.shorten(reason, REASON_LENGTH, placeholder=" …")
 
 
