@@ -242,7 +242,7 @@ def test_a_mask_that_did_not_come_back():
     [
         ("causal", "square", "padded", "aot_eager"),
         ("sliding", "at the end", "full", "aot_eager"),
-        ("causal", "room behind", "padded", "inductor"),
+        pytest.param("causal", "room behind", "padded", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_changed_in_compiled_code(kind, size, padding, backend, fresh_compiler):

@@ -34,7 +34,7 @@ def test_one_exported_program_serves_all_lengths(family, padding):
         check(model, batch_of(padding, length=other), program)
 
 
-@pytest.mark.parametrize("family", cells("gemma3"))
+@pytest.mark.parametrize("family", cells())
 def test_two_frames_for_lengths_on_both_sides_of_the_window(family):
     model = tiny_model(family, num_hidden_layers=2)
     model.config.use_cache = False
