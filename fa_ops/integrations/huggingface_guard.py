@@ -46,6 +46,8 @@ CHANGES_MASKS = {
     "T5Gemma2Decoder": "joins the masks of self- and cross-attention",
 }
 
+GUARDED = "_fa_ops_guarded"  # of the method of Transformers that asks us
+
 _vouched: set[type] = set()
 _admitted: set[type] = set()
 
@@ -255,7 +257,7 @@ def guard_models() -> None:
     from transformers import PreTrainedModel
 
     checked = PreTrainedModel.get_correct_attn_implementation
-    if not hasattr(checked, "__wrapped__"):
+    if not hasattr(checked, GUARDED):
         PreTrainedModel.get_correct_attn_implementation = _with_check(checked)
 
 
@@ -266,4 +268,5 @@ def _with_check(choose: Callable) -> Callable:
             check_model_class(type(self))
         return choose(self, requested_attention, *args, **kwargs)
 
+    setattr(get_correct_attn_implementation, GUARDED, True)
     return get_correct_attn_implementation
