@@ -37,7 +37,7 @@ HARMLESS = (
 )  # fmt: skip
 # They declare no implementation but eager, and `make test-families` has found them right.
 PROVEN = (
-    "align", "clap", "inkling2", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
+    "align", "clap", "nllb_moe", "speech_to_text", "splinter", "time_series_transformer"
 )  # fmt: skip
 # They declare that they support sdpa, and work on the mask tensor themselves.
 CHANGES_MASKS = {
