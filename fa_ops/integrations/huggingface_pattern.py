@@ -260,7 +260,7 @@ def _is_as_made(mask: Tensor, number: int, q_length: int, kv_length: int) -> Ten
     ).all(2)
     if rows != 1 or q_length != 1:
         is_ours &= (last >> QUERIES) & QUERIES_MASK == q_length & QUERIES_MASK
-        is_ours &= torch.full_like(is_ours, rows == min(q_length, MOST_ROWS))
+        is_ours &= torch.full_like(is_ours, rows == _rows(q_length))
     distance = (last >> DISTANCE) - MIDDLE
     if not pattern.has_keys:
         return (is_ours & (distance == kv_length)).all()

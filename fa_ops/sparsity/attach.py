@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fa_ops.integrations.huggingface import SPARSE_ATTENTION
-from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
 from fa_ops.integrations.huggingface_models import (
     PreviousImplementation,
     attention_modules,
@@ -23,6 +22,7 @@ from fa_ops.integrations.huggingface_models import (
     num_query_heads,
     use_triton_attention,
 )
+from fa_ops.integrations.huggingface_pattern import ATTENTION_NAME
 from fa_ops.sparsity.config import Pattern, SparseAttentionConfig, from_fields, matches
 from fa_ops.sparsity.methods.base import SparseAttentionMethod, get_sparse_method
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fa_ops.integrations.huggingface_mask import ATTENTION_NAME
 from fa_ops.integrations.huggingface_models import attention_modules, implementation_of
+from fa_ops.integrations.huggingface_pattern import ATTENTION_NAME
 from fa_ops.sparsity.attach import sparse_methods
 from fa_ops.sparsity.config import PHASES
 from fa_ops.sparsity.methods.base import SparseAttentionMethod
